@@ -1,0 +1,1 @@
+"""The built-in plugins: each module is one plugin, and its file name is the name that a recipe uses."""

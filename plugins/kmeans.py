@@ -1,0 +1,54 @@
+"""k-means initialisation: start the codebook at the centres of the latents that the encoder makes of real images."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vqzoo import Plugin, hookimpl
+from vqzoo.ops import code_usage, gather_rows, nearest_codes
+
+
+class KMeans(Plugin):
+    """k-means start: before the first stage, set the codes to the k-means centres of latents of training images.
+
+    Gathers about `latents_per_code` latents per code over all processes and runs `iterations` Lloyd steps; an empty cluster restarts at
+    a random latent.
+    """
+
+    @dataclass
+    class Config:
+        latents_per_code: int = 32
+        iterations: int = 10
+
+        def __post_init__(self):
+            if self.latents_per_code < 1 or self.iterations < 1:
+                raise ValueError("kmeans.latents_per_code and kmeans.iterations must be at least 1")
+
+    @hookimpl
+    def enter_stage(self, leaving, tokenizer, batches, generator):
+        if leaving is not None:
+            return
+        codebook = tokenizer.codebook
+        latents = self.collect(tokenizer, batches, codebook.size * self.config.latents_per_code)
+        codebook.replace_(torch.arange(codebook.size, device=latents.device), self.cluster(latents, codebook.size, generator))
+
+    def collect(self, tokenizer, batches, wanted):
+        """Return at least `wanted` latents [M, D], the same on every process."""
+        parts, found = [], 0
+        while found < wanted:
+            parts.append(gather_rows(tokenizer.latents(next(batches))[0].flatten(0, 1)))
+            found += len(parts[-1])
+        return torch.cat(parts)
+
+    def cluster(self, latents, size, generator):
+        """Return the centres [K, D] after Lloyd's iterations; every process computes the same."""
+        device = latents.device
+        order = torch.randperm(len(latents), generator=generator, device=device)
+        centres = latents[order[:size]].clone()
+        for _ in range(self.config.iterations):
+            indices, _ = nearest_codes(latents, centres)
+            counts = code_usage(indices, size)
+            sums = torch.zeros_like(centres).index_add_(0, indices, latents)
+            restart = latents[torch.randint(len(latents), (size,), generator=generator, device=device)]
+            centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], restart)
+        return centres

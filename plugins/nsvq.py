@@ -1,0 +1,79 @@
+"""NSVQ (arXiv 2606.11363): a dense non-stationary embedding loss, code replacement, and a plateau that ends the joint stage."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vqzoo import Plugin, hookimpl
+from vqzoo.ops import nonstationary_loss
+
+
+class NSVQ(Plugin):
+    """NSVQ: keeps every code near a drifting encoder; wraps anyone's embedding loss, so combine it with `vq` or `simvq`.
+
+    weight is the paper's α and temperature its τ, on squared distances summed over D. Codes that an epoch never used are
+    replaced at its end, after `replace_after` epochs, by copies of active codes, drawn in proportion to their counts,
+    plus noise of standard deviation `noise`. The stage is over when the epoch mean of the commitment loss has had no new
+    minimum for `patience` epochs (eq. 13).
+    """
+
+    @dataclass
+    class Config:
+        weight: float = 0.1
+        temperature: float = 0.35
+        replace_after: int = 5
+        noise: float = 0.001
+        patience: int = 10
+
+        def __post_init__(self):
+            if not self.temperature > 0:
+                raise ValueError(f"nsvq.temperature: {self.temperature!r} must be positive")
+            if self.patience < 1:
+                raise ValueError(f"nsvq.patience: {self.patience!r} must be at least 1")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("best_commitment", torch.tensor(torch.inf, dtype=torch.float64))
+        self.register_buffer("epochs_since_best", torch.tensor(0))
+
+    def loss_names(self):
+        return ("nonstationary",)
+
+    def watched_losses(self):
+        return ("commitment",)
+
+    @hookimpl(wrapper=True)
+    def embedding_loss(self, latents, indices, codebook):
+        """Add the pull of every latent on the codes that it did not choose (eq. 9 and 10)."""
+        losses = yield
+        dense = nonstationary_loss(
+            latents.flatten(0, 1), codebook.vectors(), indices.flatten(), self.config.temperature
+        )
+        return {**losses, "nonstationary": self.config.weight * dense}
+
+    @hookimpl
+    def refresh_codes(self, codebook, epoch_counts, progress, generator):
+        """Replace the codes that the epoch never used."""
+        if not progress.ends_epoch or progress.epoch_in_stage < self.config.replace_after:
+            return 0
+        dead = (epoch_counts < 1).nonzero().squeeze(1)
+        if len(dead) in (0, len(epoch_counts)):
+            return 0
+        donors = torch.multinomial(epoch_counts.float(), len(dead), replacement=True, generator=generator)
+        vectors = codebook.vectors()[donors]
+        noise = torch.randn(vectors.shape, generator=generator, device=vectors.device)
+        codebook.replace_(dead, vectors + self.config.noise * noise)
+        return len(dead)
+
+    @hookimpl
+    def stage_transition(self, progress):
+        """End the stage when the commitment loss has stopped falling."""
+        commitment = progress.means["commitment"]
+        if commitment < self.best_commitment:
+            self.best_commitment.fill_(commitment)
+            self.epochs_since_best.zero_()
+        else:
+            self.epochs_since_best += 1
+        if self.epochs_since_best >= self.config.patience:
+            return f"no new minimum of the commitment loss in {self.config.patience} epochs"
+        return None

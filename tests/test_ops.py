@@ -1,0 +1,356 @@
+"""The arithmetic of vqzoo.ops against float64 references written here."""
+
+import math
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from vqzoo.ops import (
+    all_reduce_sum,
+    code_usage,
+    gather_rows,
+    nearest_codes,
+    nonstationary_loss,
+    perplexity,
+    usage,
+)
+from vqzoo.ops import nearest as nearest_module
+from vqzoo.ops import nonstationary as nonstationary_module
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distances64(latents, vectors):
+    return torch.cdist(
+        latents.double(), vectors.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
+
+
+def relative_error(value, reference):
+    return ((value.double() - reference).norm() / reference.norm().clamp(min=1e-300)).item()
+
+
+# nearest_codes
+
+def clouds(kind, count, size, width):
+    latents, vectors = normal(count, width), normal(size, width, seed=1)
+    if kind == "initial":  # a fresh codebook, tiny beside the latents
+        vectors = (torch.rand(size, width, generator=torch.Generator().manual_seed(1)) * 2 - 1) / size
+    if kind == "offset":
+        latents, vectors = latents + 40, vectors + 40
+    if kind == "sphere":
+        latents, vectors = torch.nn.functional.normalize(latents), torch.nn.functional.normalize(vectors)
+    return latents, vectors
+
+
+@pytest.mark.parametrize("kind", ["gauss", "initial", "offset", "sphere"])
+@pytest.mark.parametrize(("count", "size", "width"), [(257, 1031, 8), (64, 500, 65), (3, 7, 1)])
+def test_nearest_codes_have_the_float64_distance(kind, count, size, width):
+    latents, vectors = clouds(kind, count, size, width)
+    indices, distances = nearest_codes(latents, vectors)
+    exact = distances64(latents, vectors)
+    best = exact.min(1).values
+    assert indices.dtype == torch.int64 and distances.dtype == torch.float32
+    chosen = exact.gather(1, indices[:, None])[:, 0]
+    torch.testing.assert_close(chosen, best, rtol=1e-6, atol=1e-10)
+    # Scores that include |z|² choose worse codes than this on a fresh codebook.
+    torch.testing.assert_close(distances.double(), chosen, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 9])
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 16, 17])
+def test_nearest_codes_cross_tile_edges(monkeypatch, count, size):
+    monkeypatch.setitem(nearest_module.TILES, "cpu", (4, 8))
+    latents, vectors = clouds("gauss", count, size, 3)
+    indices, _ = nearest_codes(latents, vectors)
+    assert torch.equal(indices, distances64(latents, vectors).argmin(1))
+
+
+@pytest.mark.parametrize("tile", [(1024, 4096), (5, 6)])
+@pytest.mark.parametrize("width", [1, 16, 64, 127])
+def test_nearest_codes_take_the_first_of_equal_codes(monkeypatch, tile, width):
+    monkeypatch.setitem(nearest_module.TILES, "cpu", tile)
+    for size in (5, 17, 40):  # at some of these sizes a matrix product rounds equal columns differently
+        origin = torch.randint(0, 4, (size,), generator=torch.Generator().manual_seed(size))
+        vectors = normal(4, width).sign()[origin] * torch.tensor([1.0, 1.5, 2.0, 0.0])[origin, None]
+        first = (vectors[:, None] == vectors).all(2).long().argmax(1)  # 0.0 and -0.0 are equal
+        indices, _ = nearest_codes(normal(33, width, seed=2), vectors)
+        assert torch.equal(indices, first[indices])
+
+
+def test_equal_codes_of_a_constant_codebook_give_index_zero():
+    indices, distances = nearest_codes(normal(50, 12), torch.full((9000, 12), 0.3))
+    assert indices.eq(0).all()
+    torch.testing.assert_close(distances, (normal(50, 12) - 0.3).square().sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_nearest_codes_compute_in_float32(dtype):
+    latents, vectors = normal(40, 6).to(dtype), normal(70, 6, seed=1).to(dtype)
+    plain = nearest_codes(latents.float(), vectors.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = nearest_codes(latents, vectors)
+    assert torch.equal(cast[0], plain[0]) and torch.equal(cast[1], plain[1])
+
+
+def test_nearest_codes_accept_any_strides_and_return_no_graph():
+    latents, vectors = normal(6, 40).t(), normal(6, 70, seed=1).t().requires_grad_()
+    indices, distances = nearest_codes(latents, vectors)
+    assert torch.equal(indices, nearest_codes(latents.contiguous(), vectors.contiguous())[0])
+    assert not distances.requires_grad
+
+
+def test_nearest_codes_of_no_latents_and_of_broken_latents():
+    indices, distances = nearest_codes(torch.empty(0, 4), normal(5, 4))
+    assert indices.shape == distances.shape == (0,) and indices.dtype == torch.int64
+    broken = torch.tensor([[math.nan, 0.0], [math.inf, 0.0], [0.0, -math.inf], [1.0, 1.0]])
+    vectors = normal(9, 2)
+    indices, _ = nearest_codes(broken, vectors)
+    assert indices.min() >= 0 and indices.max() < 9
+    assert indices[3] == distances64(broken[3:], vectors).argmin()
+
+
+def test_the_search_leaves_matmul_precision_as_it_was():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        nearest_codes(normal(4, 3), normal(5, 3))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("function", [nearest_codes, lambda z, c: nonstationary_loss(z, c, torch.zeros(4).long(), 1.0)])
+def test_shapes_that_do_not_fit_are_named(function):
+    with pytest.raises(ValueError, match=r"\[4, 3\].*\[5, 2\]"):
+        function(torch.zeros(4, 3), torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=r"\[0, 3\]"):
+        function(torch.zeros(4, 3), torch.zeros(0, 3))
+
+
+# nonstationary_loss
+
+def dense(latents, vectors, indices, temperature, dtype):
+    """Return loss and gradient by autograd over all pairs; float32 expands the square, as is usual."""
+    latents, vectors = latents.to(dtype), vectors.detach().to(dtype).requires_grad_()
+    if dtype == torch.float64:
+        pairs = (latents[:, None] - vectors).square().sum(2)
+    else:
+        pairs = latents.square().sum(1, keepdim=True) + vectors.square().sum(1) - 2 * latents @ vectors.t()
+    weights = torch.softmax(-pairs / temperature, 1).detach().scatter(1, indices[:, None], 0.0)
+    loss = (weights * pairs).sum() / latents.numel()
+    (gradient,) = torch.autograd.grad(loss, vectors)
+    return loss.detach(), gradient
+
+
+def assert_as_exact_as_dense(latents, vectors, indices, temperature):
+    vectors = vectors.detach().requires_grad_()
+    loss = nonstationary_loss(latents, vectors, indices, temperature)
+    loss.backward()
+    exact = dense(latents, vectors, indices, temperature, torch.float64)
+    naive = dense(latents, vectors, indices, temperature, torch.float32)
+    for value, reference, rival in zip((loss, vectors.grad), exact, naive, strict=True):
+        assert value.isfinite().all()
+        assert relative_error(value, reference) <= relative_error(rival, reference) + 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.35, 1.0, 1e3])
+@pytest.mark.parametrize("chosen", ["nearest", "random"])
+@pytest.mark.parametrize("shape", [(37, 53, 5), (64, 129, 16), (9, 2, 1)])
+def test_loss_and_gradient_are_as_exact_as_the_dense_formula(shape, chosen, temperature):
+    count, size, width = shape
+    latents, vectors = normal(count, width) * width**-0.5 + 1, normal(size, width, seed=1) * width**-0.5 + 1
+    vectors[size // 2 :] = vectors[: size - size // 2] + 1e-3 * normal(size - size // 2, width, seed=3)  # close rivals
+    indices = nearest_codes(latents, vectors)[0]
+    if chosen == "random":
+        indices = torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(2))
+    assert_as_exact_as_dense(latents, vectors, indices, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.35, 1e3])
+def test_loss_with_equal_codes_and_latents_on_codes(temperature):
+    vectors = normal(8, 4, seed=1).repeat(3, 1)
+    latents = torch.cat([vectors[:8], normal(20, 4)])
+    indices = torch.cat([torch.arange(8), nearest_codes(normal(20, 4), vectors)[0]])
+    assert_as_exact_as_dense(latents, vectors, indices, temperature)
+
+
+@pytest.mark.parametrize("budget", [1, 29, 4 * 29 - 1, 4 * 29, 10**6])
+def test_loss_is_the_same_in_any_chunks(monkeypatch, budget):
+    monkeypatch.setitem(nonstationary_module.BUDGETS, "cpu", budget)
+    latents, vectors = normal(12, 6), normal(29, 6, seed=1).requires_grad_()
+    indices = nearest_codes(latents, vectors)[0]
+    loss = nonstationary_loss(latents, vectors, indices, 2.0)
+    loss.backward()
+    exact, gradient = dense(latents, vectors, indices, 2.0, torch.float64)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0, check_dtype=False)
+    torch.testing.assert_close(vectors.grad.double(), gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_the_gradient_reaches_what_vectors_came_from_and_never_latents():
+    table, linear = normal(20, 5, seed=1), torch.nn.Linear(5, 5, bias=False)
+    latents = normal(11, 5).requires_grad_()
+    indices = torch.arange(11)
+    vectors = linear(table)
+    loss = nonstationary_loss(latents, vectors, indices, 0.35)
+    (3 * loss).backward()
+    assert latents.grad is None
+    _, gradient = dense(latents.detach(), vectors, indices, 0.35, torch.float64)
+    torch.testing.assert_close(linear.weight.grad.double(), 3 * gradient.t() @ table.double(), rtol=1e-5, atol=1e-7)
+
+
+def test_loss_ignores_autocast_and_strides():
+    latents, vectors = normal(5, 11).t(), normal(5, 20, seed=1).t().requires_grad_()
+    indices = torch.arange(22)[::2] % 20
+    plain = nonstationary_loss(latents.contiguous(), vectors.contiguous(), indices.contiguous(), 0.35)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = nonstationary_loss(latents, vectors, indices, 0.35)
+    assert cast.dtype == torch.float32
+    torch.testing.assert_close(cast, plain, rtol=1e-6, atol=0)
+    half = vectors.detach().bfloat16().requires_grad_()
+    nonstationary_loss(latents.bfloat16(), half, indices, 0.35).backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_loss_without_gradient_and_without_latents():
+    latents, vectors, indices = normal(11, 5), normal(20, 5, seed=1).requires_grad_(), torch.arange(11)
+    with torch.no_grad():
+        loss = nonstationary_loss(latents, vectors, indices, 0.35)
+    assert not loss.requires_grad
+    assert not nonstationary_loss(latents.requires_grad_(), vectors.detach(), indices, 0.35).requires_grad
+    assert loss == nonstationary_loss(latents, vectors, indices, 0.35).detach()
+    empty = nonstationary_loss(latents[:0], vectors, indices[:0], 0.35)
+    empty.backward()
+    assert empty == 0 and vectors.grad.eq(0).all()
+
+
+def test_gradient_work_is_skipped_where_no_gradient_is_wanted(monkeypatch):
+    asked, stream = [], nonstationary_module._stream
+    monkeypatch.setattr(nonstationary_module, "_stream", lambda *a: asked.append(a[-1]) or stream(*a))
+    latents, vectors, indices = normal(3, 2), normal(4, 2).requires_grad_(), torch.arange(3)
+    nonstationary_loss(latents, vectors, indices, 1.0)
+    nonstationary_loss(latents, vectors.detach(), indices, 1.0)
+    with torch.no_grad():
+        nonstationary_loss(latents, vectors, indices, 1.0)
+    assert asked == [True, False, False]
+
+
+def test_a_single_code_leaves_nothing_to_attract():
+    vector = normal(1, 3).requires_grad_()
+    loss = nonstationary_loss(normal(7, 3), vector, torch.zeros(7).long(), 0.35)
+    loss.backward()
+    assert loss == 0 and vector.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_loss_refuses_a_temperature_that_is_not_positive(temperature):
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        nonstationary_loss(normal(3, 2), normal(4, 2), torch.zeros(3).long(), temperature)
+
+
+def test_loss_refuses_indices_of_another_shape():
+    with pytest.raises(ValueError, match=r"\[3\].*\[3, 2\]"):
+        nonstationary_loss(normal(3, 2), normal(4, 2), torch.zeros(3, 2).long(), 1.0)
+
+
+MEMORY = """
+import resource, torch
+from vqzoo.ops import nearest_codes, nonstationary_loss
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+latents, vectors = torch.randn(4096, 16), torch.randn(65536, 16).requires_grad_()
+indices = nearest_codes(latents[:64], vectors)[0]
+nonstationary_loss(latents[:1], vectors, indices[:1], 1.0).backward()
+start = peak()
+indices, _ = nearest_codes(latents, vectors)
+middle = peak()
+nonstationary_loss(latents[:1024], vectors, indices[:1024], 1.0).backward()
+print(middle - start, peak() - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_memory_stays_far_below_all_pairs():
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    search, loss = map(float, run.stdout.split())  # MiB; all pairs are 1024 for the search and 256 for the loss
+    assert search < 64
+    assert loss < 96
+
+
+# usage
+
+def test_code_usage_counts_indices_of_any_shape():
+    indices = torch.tensor([[[0, 2], [2, 5]], [[5, 5], [0, 2]]])
+    assert code_usage(indices, 7).tolist() == [2, 0, 3, 0, 0, 3, 0]
+    assert code_usage(indices.int().transpose(0, 2), 7).tolist() == [2, 0, 3, 0, 0, 3, 0]
+    empty = code_usage(torch.empty(0, dtype=torch.int64), 3)
+    assert empty.tolist() == [0, 0, 0] and empty.dtype == torch.int64
+
+
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_code_usage_refuses_indices_out_of_range(wrong):
+    with pytest.raises(ValueError, match=f"{wrong}.* size 4"):
+        code_usage(torch.tensor([wrong, 2]), 4)
+
+
+def test_perplexity_and_usage():
+    assert perplexity(torch.full((4096,), 3)).item() == pytest.approx(4096, rel=1e-5)
+    assert perplexity(torch.tensor([0, 9, 0])).item() == pytest.approx(1)
+    assert perplexity(torch.tensor([1, 3])).item() == pytest.approx(4 / 3**0.75)
+    assert perplexity(torch.tensor([0.1, 0.3])).item() == pytest.approx(4 / 3**0.75)
+    assert perplexity(torch.zeros(5, dtype=torch.int64)).item() == 0
+    assert usage(torch.tensor([0, 7, 1, 0])).item() == 0.5
+
+
+# collective
+
+def test_collectives_are_the_identity_on_one_process():
+    tensor = normal(3, 2).requires_grad_()
+    assert all_reduce_sum(tensor) is tensor
+    assert torch.equal(gather_rows(tensor), tensor) and not gather_rows(tensor).requires_grad
+
+
+def work(rank, port):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    tensor = (torch.arange(6.0).reshape(3, 2).t() + 10 * rank).requires_grad_()
+    total = all_reduce_sum(tensor)
+    assert torch.equal(total, 2 * torch.arange(6.0).reshape(3, 2).t() + 10)
+    # The sum over processes of (rank + 1)·total² has the derivative Σ_r 2 (r + 1) total = 6 total on every process.
+    ((rank + 1) * total.square()).sum().backward()
+    assert torch.equal(tensor.grad, 6 * total.detach())
+    assert all_reduce_sum(torch.tensor([rank, 5])).tolist() == [1, 10]
+    rows = gather_rows(torch.tensor([[rank, 1], [rank, 2]]).t())
+    assert rows.tolist() == [[0, 0], [1, 2], [1, 1], [1, 2]]
+    assert gather_rows(tensor).shape == (4, 3)
+    check_loss_in_ddp(rank)
+    torch.distributed.destroy_process_group()
+
+
+class Loss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vectors = torch.nn.Parameter(normal(9, 3, seed=1))
+
+    def forward(self, latents):
+        return nonstationary_loss(latents, self.vectors, nearest_codes(latents, self.vectors)[0], 0.35)
+
+
+def check_loss_in_ddp(rank):
+    latents, alone = normal(8, 3), Loss()
+    alone(latents).backward()
+    together = torch.nn.parallel.DistributedDataParallel(Loss())
+    together(latents[rank::2]).backward()
+    torch.testing.assert_close(together.module.vectors.grad, alone.vectors.grad)
+
+
+def test_collectives_over_two_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port,), nprocs=2)

@@ -1,0 +1,226 @@
+"""The command line: run, check, eval, encode, decode, plugins."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from vqzoo.errors import NonFiniteError, PluginError, UserError
+
+NEXT = """next:
+  tensorboard --logdir {out}/tensorboard
+  vqzoo encode {out} PHOTO.jpg --out tokens.safetensors
+  vqzoo decode {out} tokens.safetensors --out decoded
+  vqzoo eval {out} --data FOLDER_OF_PHOTOS"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0; 1 for a failed run; 2 for a user's mistake, which is explained."""
+    parser = _parser()
+    options, extra = parser.parse_known_args(arguments)
+    if extra and (not hasattr(options, "overrides") or any(word.startswith("-") for word in extra)):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:
+        options.overrides += extra  # argparse takes positionals on one side of an option only
+    try:
+        options.command(options)
+    except UserError as error:
+        print(f"vqzoo: {error}", file=sys.stderr)
+        return 2
+    except (NonFiniteError, PluginError) as error:
+        print(f"vqzoo: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("vqzoo", description="Train, evaluate and use image tokenizers.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(command=function)
+        return made
+
+    run = command("run", _run, "train a recipe: a YAML file or a shipped recipe's name")
+    check = command("check", _check, "say what a recipe would do, and what is wrong with it; trains nothing")
+    for made in (run, check):
+        made.add_argument("recipe")
+        made.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4 or stages[0].epochs=3")
+    run.add_argument("--out", help="the run's folder; by default runs/RECIPE")
+    run.add_argument("--resume", action="store_true", help="continue the run in that folder")
+
+    score = command("eval", _eval, "measure a tokenizer on a folder of images")
+    score.add_argument("tokenizer", metavar="RUN_OR_TOKENIZER")
+    score.add_argument("--data", required=True, help="a folder of images, at any depth")
+    score.add_argument("--json", help="also write metrics and card to this file")
+    score.add_argument("--batch-size", type=int, default=32)
+
+    encode = command("encode", _encode, "turn images into tokens")
+    encode.add_argument("tokenizer", metavar="RUN_OR_TOKENIZER")
+    encode.add_argument("images", nargs="+", metavar="IMAGE")
+    encode.add_argument("--out", required=True, help="a .safetensors file: one tensor of indices [h, w] per image")
+    encode.add_argument("--whole", action="store_true", help="keep each image's own size, cut to a multiple of the stride, "
+                        "instead of cropping to the training resolution")
+    decode = command("decode", _decode, "turn tokens back into images")
+    decode.add_argument("tokenizer", metavar="RUN_OR_TOKENIZER")
+    decode.add_argument("tokens")
+    decode.add_argument("--out", required=True, help="a folder for the PNG files")
+
+    plugins = command("plugins", _plugins, "list the installed plugins, their hooks and their fields")
+    plugins.add_argument("--json", action="store_true")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from vqzoo.metrics import table
+    from vqzoo.recipe import load_recipe
+    from vqzoo.trainer import Trainer
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    out = Path(options.out or Path("runs") / Path(options.recipe).stem)
+    trainer = Trainer(recipe, out, options.resume)
+    result = trainer.run()
+    if not trainer.main:
+        return
+    count, run = result["metrics"]["images"], result["run"]
+    print(f"\n{count} held-out images after {run['step']} steps in {run['seconds'] / 60:.1f} minutes\n")
+    print(table(result["metrics"]))
+    print(f"\n  reconstructions  {out / 'reconstructions.png'}\n  TensorBoard      {out / 'tensorboard'}"
+          f"\n  tokenizer        {out / 'tokenizer'}\n  all numbers      {out / 'metrics.json'}\n")
+    print(NEXT.format(out=out))
+
+
+def _check(options: argparse.Namespace) -> None:
+    from vqzoo.explain import explain
+    from vqzoo.recipe import load_recipe
+
+    print(explain(load_recipe(options.recipe, options.overrides)))
+
+
+def _eval(options: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from vqzoo.data import DataConfig, Folder, ImageDataset, eval_batches, fingerprint
+    from vqzoo.metrics import PROTOCOL, evaluate, table
+    from vqzoo.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(options.tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolution = list(tokenizer.config.resolution)
+    config = DataConfig(root=options.data, resolution=resolution, eval_batch_size=options.batch_size)
+    folder = Path(options.data)
+    if not folder.is_dir():
+        raise UserError(f"--data: {folder} is not a folder")
+    dataset = ImageDataset(Folder(folder, "--data"), config)
+    batches = tqdm(eval_batches(config, dataset), total=-(-len(dataset) // options.batch_size), unit="batch", disable=None)
+    metrics, bad = evaluate(tokenizer.to(device), batches, device)
+    print(table(metrics))
+    for name in bad:
+        print(f"vqzoo: {name} does not decode and was left out", file=sys.stderr)
+    if options.json:
+        card = {**PROTOCOL, "resolution": resolution, "files_left_out": bad, "tokenizer": str(options.tokenizer),
+                "data": {"root": str(folder), "fingerprint": fingerprint(dataset)}}
+        _write(Path(options.json), json.dumps({"metrics": metrics, "card": card}, indent=2) + "\n")
+
+
+def _encode(options: argparse.Namespace) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from vqzoo.data import load_image, to_images
+    from vqzoo.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(options.tokenizer)
+    tokens = {}
+    for path in options.images:
+        resolution = _whole(path, tokenizer.encoder.stride) if options.whole else tuple(tokenizer.config.resolution)
+        image = to_images(load_image(path, resolution)[None], torch.device("cpu"))
+        name = Path(path).stem
+        while name in tokens:
+            name += "_"
+        tokens[name] = tokenizer.encode(image)[0].int()
+        print(f"{path}: {' x '.join(map(str, tokens[name].shape))} tokens")
+    out = Path(options.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tokens, out, {"format": "pt", "codebook_size": str(tokenizer.codebook.size)})
+    except Exception as error:
+        raise UserError(f"--out: {out} cannot be written: {error}") from error
+
+
+def _whole(path: str, stride: int) -> tuple[int, int]:
+    from vqzoo.data import decode
+
+    try:
+        width, height = decode(path).size
+    except Exception as error:
+        raise UserError(f"{path}: not an image that can be read ({error})") from error
+    if min(width, height) < stride:
+        raise UserError(f"{path}: {width}x{height} pixels are less than one token of {stride}x{stride}")
+    return height // stride * stride, width // stride * stride
+
+
+def _decode(options: argparse.Namespace) -> None:
+    from safetensors.torch import load_file
+
+    from vqzoo.metrics import to_bytes
+    from vqzoo.monitor import save_picture
+    from vqzoo.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(options.tokenizer)
+    try:
+        tokens = load_file(options.tokens)
+    except Exception as error:
+        raise UserError(f"{options.tokens}: not a file of tokens that `vqzoo encode` wrote ({error})") from error
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error}") from error
+    for name, indices in tokens.items():
+        try:
+            image = tokenizer.decode(indices[None])
+        except ValueError as error:
+            raise UserError(f"{options.tokens}: {name}: {error}; were they made by another tokenizer?") from error
+        path = out / f"{name}.png"
+        save_picture(to_bytes(image)[0].byte(), path)
+        print(path)
+
+
+def _plugins(options: argparse.Namespace) -> None:
+    from vqzoo.manager import available
+
+    found = [_describe(source) for source in available().values()]
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    for plugin in found:
+        print(f"{plugin['name']}  ({plugin['distribution']} {plugin['version']})\n  {plugin['summary']}")
+        print(f"  hooks:  {', '.join(f'{hook} ({kind})' for hook, kind in plugin['hooks'].items()) or '–'}")
+        print(f"  config: {', '.join(f'{key}={value!r}' for key, value in plugin['config'].items()) or '–'}\n")
+
+
+def _describe(source: Any) -> dict[str, Any]:
+    from vqzoo.manager import offered_hooks
+
+    row = {"name": source.name, "distribution": source.distribution, "version": source.version}
+    try:
+        kind = source.load()
+        config = kind.Config()
+        return {**row, "summary": (kind.__doc__ or "").strip().split("\n")[0], "hooks": offered_hooks(kind),
+                "config": asdict(config) if is_dataclass(config) else {}}
+    except Exception as error:
+        return {**row, "summary": f"cannot be used: {error}", "hooks": {}, "config": {}}
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"--json: {path} cannot be written: {error}") from error

@@ -1,0 +1,101 @@
+"""The codebook: K codes of width D, however a method stores or computes them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Codebook(nn.Module):
+    """Hold or compute K codes of width D.
+
+    A subclass implements `compute_vectors`, and `write` if its rows can be overwritten. latent_width is the channel
+    count that the encoder must deliver; it differs from width where a method quantizes in another space.
+    """
+
+    replaceable = True
+    """Whether single rows can be overwritten; an implicit codebook (FSQ, LFQ, BSQ) says False."""
+
+    def __init__(self, size: int, width: int, latent_width: int | None = None):
+        super().__init__()
+        self.size, self.width, self.latent_width = size, width, latent_width or width
+        self._cached: Tensor | None = None
+        self._caching = False
+        self._replaced: list[tuple[Tensor, Tensor, bool]] = []
+
+    def compute_vectors(self) -> Tensor:
+        """Return all codes [K, D] in float32 with their graph; called with autocast off."""
+        raise NotImplementedError
+
+    def write(self, rows: Tensor, vectors: Tensor) -> None:
+        """Make `compute_vectors` return `vectors` [R, D] at `rows` [R]; called without grad."""
+        raise NotImplementedError
+
+    def row_parameters(self) -> tuple[nn.Parameter, ...]:
+        """Return the parameters whose dimension 0 is the code, so that an overwritten row's moments can be cleared."""
+        return ()
+
+    def vectors(self) -> Tensor:
+        """Return all codes [K, D], float32; computed once per forward, so that every hook shares one graph."""
+        if self._cached is not None:
+            return self._cached
+        device = next((t.device.type for t in (*self.parameters(), *self.buffers())), "cpu")
+        with torch.autocast(device, enabled=False):
+            vectors = self.compute_vectors().float()
+        if self._caching:
+            self._cached = vectors
+        return vectors
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Return the codes [..., D] of indices [...]; exactly what `quantize` gives for them in evaluation."""
+        return self.vectors()[indices]
+
+    @torch.no_grad()
+    def replace_(self, rows: Tensor, vectors: Tensor, smooth: bool = False) -> None:
+        """Overwrite the codes at `rows` [R] by `vectors` [R, D].
+
+        The host then clears the optimizer's moments of these rows, and the weight EMA takes them over. A smooth update
+        (a moving average of what was there) says so: moments and EMA are then left alone.
+        """
+        self.write(rows, vectors)
+        self._cached = None
+        self._replaced.append((rows, vectors, smooth))
+
+    def take_replaced(self) -> list[tuple[Tensor, Tensor, bool]]:
+        """Return (rows, vectors, smooth) of every `replace_` since the last call; for the host."""
+        replaced, self._replaced = self._replaced, []
+        return replaced
+
+    @contextmanager
+    def one_forward(self) -> Iterator[None]:
+        """Compute the vectors at most once inside this block; for the host."""
+        self._caching = True
+        try:
+            yield
+        finally:
+            self._cached, self._caching = None, False
+
+
+class Table(Codebook):
+    """Hold the codes as one trainable table, drawn from U(-1/K, 1/K) ("uniform") or N(0, 1/D) ("normal")."""
+
+    def __init__(self, size: int, width: int, init: str = "uniform"):
+        super().__init__(size, width)
+        weight = torch.empty(size, width)
+        if init == "uniform":
+            nn.init.uniform_(weight, -1 / size, 1 / size)
+        elif init == "normal":
+            nn.init.normal_(weight, std=width**-0.5)
+        else:
+            raise ValueError(f"init: {init!r} is not a codebook initialisation; choices: normal, uniform")
+        self.weight = nn.Parameter(weight)
+
+    def compute_vectors(self) -> Tensor:
+        return self.weight
+
+    def write(self, rows: Tensor, vectors: Tensor) -> None:
+        self.weight[rows] = vectors.to(self.weight)
+
+    def row_parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.weight,)

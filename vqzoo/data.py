@@ -1,0 +1,622 @@
+"""Images: where they come from, in which order they are seen, and what becomes of files that do not decode."""
+
+import functools
+import hashlib
+import importlib.resources
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .errors import UserError, suggestion
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+PHOTOS = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+PHOTO_SIDE = 600  # photos whose shorter side exceeds it are halved
+TILE = 96  # pixels; larger only where the resolution is
+HELD_OUT = 5  # every fifth tile is for evaluation
+TIMM = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset", "torch": None}
+STUCK = 600  # seconds after which a silent worker is an error
+
+
+@dataclass
+class DataConfig:
+    """Say which images to use; `folder`, `photos` (8 photographs inside scikit-image, cut into tiles) or timm's names.
+
+    timm's names start with hfds/, torch/ (random access), hfids/, tfds/ or wds/ (streams, see `StreamDataset`).
+    """
+
+    name: str = "folder"
+    root: str | None = None
+    train: str = "train"  # sub-folder or split; "." is the root itself
+    val: str = "val"
+    resolution: list[int] = field(default_factory=lambda: [128, 128])  # [height, width]
+    resize: int | None = None  # shorter side before the training crop; by default what just covers the resolution
+    flip: bool = False
+    batch_size: int = 32  # per optimizer step, over all processes and micro-batches
+    eval_batch_size: int = 32
+    workers: int = 2
+    bad_files: int = 100  # more files than this that do not decode are an error
+
+
+@dataclass
+class Batch:
+    """Hold images [b, 3, H, W] (uint8), their positions [b] (int64), and the names of files that did not decode.
+
+    A training batch is full, and `bad` has the names not reported before. An evaluation batch lacks the images in
+    `bad` and may be empty.
+    """
+
+    images: Tensor
+    positions: Tensor
+    bad: list[str]
+
+
+class Key(NamedTuple):
+    """Ask a dataset for one sample: a random crop drawn from (seed, position), or the centre crop without a seed."""
+
+    index: int
+    position: int
+    seed: int | None = None
+
+
+# Pixels
+
+
+def decode(file: Any) -> Image.Image:
+    """Decode a path or binary file into RGB, upright; raise whatever Pillow does, or ValueError above its size limit.
+
+    The first frame of an animation; transparency on white; 16-bit grey scaled to 8.
+    """
+    with Image.open(file) as image:
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit and image.width * image.height > limit:
+            raise ValueError(f"{image.width}x{image.height} pixels exceed the limit of {limit} (decompression bomb)")
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode of Pillow with a known range to RGB; ValueError for floating point."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        levels = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.getbands()[-1] in "Aa" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def crop_val(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
+    """Resize until the image just covers [height, width] and keep its centre; no resampling where it fits already."""
+    height, width = _covering(image, resolution)
+    return _cut(image, (height, width), resolution, (height - resolution[0]) // 2, (width - resolution[1]) // 2)
+
+
+def crop_train(
+    image: Image.Image, resolution: tuple[int, int], resize: int | None, flip: bool, rng: np.random.Generator
+) -> Image.Image:
+    """Resize until the image covers [height, width] and its shorter side has `resize` pixels, then crop at random."""
+    height, width = _covering(image, resolution, resize)
+    down, right, side = rng.random(3)  # always three, so that `flip` does not move the crops
+    top, left = int(down * (height - resolution[0] + 1)), int(right * (width - resolution[1] + 1))
+    crop = _cut(image, (height, width), resolution, top, left)
+    return ImageOps.mirror(crop) if flip and side < 0.5 else crop
+
+
+def _covering(image: Image.Image, resolution: tuple[int, int], shorter: int | None = None) -> tuple[int, int]:
+    """Return the [height, width] to resize to, with the aspect kept."""
+    width, height = image.size
+    scale = max(resolution[0] / height, resolution[1] / width, (shorter or 0) / min(width, height))
+    return max(resolution[0], round(height * scale)), max(resolution[1], round(width * scale))
+
+
+def _cut(image: Image.Image, size: tuple[int, int], resolution: tuple[int, int], top: int, left: int) -> Image.Image:
+    """Resize to `size` [height, width] and crop, computing only the pixels of the crop."""
+    down, right = image.height / size[0], image.width / size[1]
+    box = (left * right, top * down, (left + resolution[1]) * right, (top + resolution[0]) * down)
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # rounding may overshoot the edge
+    return image.resize((resolution[1], resolution[0]), Image.Resampling.BICUBIC, box=box)
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_images(images: Tensor, device: torch.device | str) -> Tensor:
+    """Map uint8 levels [b, 3, H, W] to [-1, 1] on the device; (images + 1) * 127.5, rounded, gives the levels back."""
+    return images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+
+
+def load_image(path: str | Path, resolution: tuple[int, int]) -> Tensor:
+    """Read one file as evaluation does: uint8 [3, H, W]; UserError when it does not decode."""
+    try:
+        return _tensor(crop_val(decode(path), tuple(resolution)))
+    except Exception as error:
+        raise UserError(f"{path}: not an image that can be read ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+# Sources: each has a length, name(index), image(index) -> RGB, and signature(), the lines that identify its content
+
+
+class Folder:
+    """Read the image files below a folder, at any depth, sorted by relative path."""
+
+    def __init__(self, root: Path, key: str):
+        self.root = root
+        self.names = _list_images(root)
+        if not self.names:
+            raise UserError(f"{key}: no images below {root}; looked for {', '.join(sorted(EXTENSIONS))} at any depth")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def image(self, index: int) -> Image.Image:
+        return decode(self.root / self.names[index])
+
+    def signature(self) -> list[str]:
+        return [f"{name} {(self.root / name).stat().st_size}" for name in self.names]
+
+
+def _list_images(root: Path) -> list[str]:
+    """Return sorted relative paths; hidden and dangling entries are left out, linked folders are followed once."""
+    found, seen, pending = [], set(), [str(root)]
+    while pending:
+        folder = pending.pop()
+        if os.path.realpath(folder) in seen:
+            continue
+        seen.add(os.path.realpath(folder))
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from error
+        for entry in entries:
+            if entry.name.startswith(".") or (entry.is_symlink() and not os.path.exists(entry.path)):
+                continue
+            if entry.is_dir():
+                pending.append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+                found.append(Path(entry.path).relative_to(root).as_posix())
+    return sorted(found)
+
+
+class Photos:
+    """Cut the photographs inside scikit-image into tiles that share no pixel; every fifth is held out."""
+
+    def __init__(self, held_out: bool, resolution: tuple[int, int], centred: bool):
+        self.tiles = []  # (photo, name, left, top, right, bottom)
+        tiles = chain.from_iterable(_tiles(photo, resolution) for photo in PHOTOS)
+        for number, (photo, name, box) in enumerate(tiles):
+            if (number % HELD_OUT == HELD_OUT - 1) == held_out:
+                self.tiles.append((photo, name, _centre(box, resolution) if centred else box))
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def name(self, index: int) -> str:
+        return self.tiles[index][1]
+
+    def image(self, index: int) -> Image.Image:
+        photo, _, box = self.tiles[index]
+        return _photo(photo).crop(box)
+
+    def signature(self) -> list[str]:
+        return [f"{name} {box}" for _, name, box in self.tiles]
+
+
+@functools.cache
+def _photo(name: str) -> Image.Image:
+    """Return one photograph, decoded once per process."""
+    path = importlib.resources.files("skimage") / "data" / name
+    if not path.is_file():
+        raise UserError(f"data.name=photos: the installed scikit-image has no {path}; install scikit-image>=0.22")
+    image = decode(path)
+    return image.reduce(2) if min(image.size) > PHOTO_SIDE else image
+
+
+def _tiles(photo: str, resolution: tuple[int, int]) -> Iterator[tuple[str, str, tuple[int, int, int, int]]]:
+    """Yield (photo, name, box) of each tile; a photo smaller than the resolution is one tile."""
+    width, height = _photo(photo).size
+    down, right = min(height, max(TILE, resolution[0])), min(width, max(TILE, resolution[1]))
+    for row in range(height // down):
+        for column in range(width // right):
+            box = (column * right, row * down, (column + 1) * right, (row + 1) * down)
+            yield photo, f"{Path(photo).stem}[{row},{column}]", box
+
+
+def _centre(box: tuple[int, int, int, int], resolution: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Shrink a box to [height, width] around its centre; a box that is too small stays."""
+    left, top, right, bottom = box
+    down, over = (bottom - top - resolution[0]) // 2, (right - left - resolution[1]) // 2
+    if down < 0 or over < 0:
+        return box
+    return left + over, top + down, left + over + resolution[1], top + down + resolution[0]
+
+
+class TimmImages:
+    """Read a random-access dataset made by timm; its own retry, which hides decode errors, is passed by."""
+
+    def __init__(self, dataset: Any, name: str):
+        self.dataset, self.prefix = dataset, name
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"{self.prefix}[{index}]"
+
+    def image(self, index: int) -> Image.Image:
+        if not hasattr(self.dataset, "reader"):  # a torchvision dataset
+            return to_rgb(self.dataset[index][0])
+        with self.dataset.reader[index][0] as file:
+            return decode(file)
+
+    def signature(self) -> list[str]:
+        return [f"{self.prefix} {len(self)}"]
+
+
+# Datasets
+
+
+class ImageDataset(Dataset):
+    """Crop the images of a source; `bad` collects the names of files that did not decode, with the reason.
+
+    Indexed by `Key`: (image or None, position, failures). A training sample that does not decode is replaced by another
+    one drawn from (seed, position); an evaluation sample never is.
+    """
+
+    def __init__(self, source: Any, config: DataConfig, resize: int | None = None):
+        self.source = source
+        self.resolution = tuple(config.resolution)
+        self.resize, self.flip, self.cap = resize, config.flip, config.bad_files
+        self.bad: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor | None, int, dict[str, str]]:
+        failures = {}
+        for index in self._candidates(key):
+            try:
+                image = self.source.image(index)
+                return _tensor(self._crop(image, key)), key.position, failures
+            except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+                failures[self.name(index)] = _reason(error)
+                if len(failures) > self.cap:
+                    break
+        return None, key.position, failures
+
+    def _candidates(self, key: Key) -> Iterator[int]:
+        yield key.index
+        if key.seed is not None:
+            others = np.random.default_rng((key.seed, 2, key.position)).permutation(len(self))
+            yield from (int(index) for index in others if index != key.index)
+
+    def _crop(self, image: Image.Image, key: Key) -> Image.Image:
+        if key.seed is None:
+            return crop_val(image, self.resolution)
+        rng = np.random.default_rng((key.seed, 1, key.position))
+        return crop_train(image, self.resolution, self.resize, self.flip, rng)
+
+    def collate(self, samples: list[tuple[Tensor | None, int, dict[str, str]]]) -> tuple[Tensor, Tensor, dict]:
+        """Stack the samples that decoded and merge the failures."""
+        kept = [(image, position) for image, position, _ in samples if image is not None]
+        images = torch.stack([image for image, _ in kept]) if kept else torch.empty(0, 3, *self.resolution).byte()
+        failures = {name: reason for sample in samples for name, reason in sample[2].items()}
+        return images, torch.tensor([position for _, position in kept], dtype=torch.int64), failures
+
+    def remember(self, failures: dict[str, str]) -> list[str]:
+        """Add failures to `bad` and return the new names; UserError above the cap or when nothing decodes."""
+        new = [name for name in failures if name not in self.bad]
+        self.bad.update(failures)
+        if len(self.bad) > self.cap or len(self.bad) >= len(self):
+            some = "; ".join(f"{name} ({reason})" for name, reason in list(self.bad.items())[:5])
+            raise UserError(
+                f"data.bad_files: {len(self.bad)} of {len(self)} files do not decode, but at most {self.cap}, and "
+                f"never all, may: {some}; mend or remove them"
+            )
+        return new
+
+
+@dataclass(eq=False)
+class StreamDataset(IterableDataset):
+    """Crop the images of a timm stream, in the order, shards and handling of bad files of its reader.
+
+    Nothing that `train_batches` says of positions holds: they only count, `start` does not skip, and crops depend on
+    the workers. A seed makes it endless, with random crops.
+    """
+
+    stream: Any
+    name: str
+    config: DataConfig
+    seed: int | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        resolution, number = tuple(self.config.resolution), -1
+        worker = torch.utils.data.get_worker_info()
+        for epoch in count():
+            self.stream.set_epoch(epoch)
+            before = number
+            for number, (image, *_) in enumerate(self.stream, start=before + 1):
+                if self.seed is None:
+                    yield _tensor(crop_val(to_rgb(image), resolution))
+                    continue
+                rng = np.random.default_rng((self.seed, 1, number, worker.id if worker else 0))
+                yield _tensor(crop_train(to_rgb(image), resolution, self.config.resize, self.config.flip, rng))
+            if self.seed is None:
+                return
+            if number == before:
+                raise UserError(f"data.name: {self.name} gives no images")
+
+
+def fingerprint(dataset: ImageDataset | StreamDataset) -> str:
+    """Return a short hash of the names and file sizes; of name, split and length for timm's datasets."""
+    lines = [dataset.name] if isinstance(dataset, StreamDataset) else sorted(dataset.source.signature())
+    text = "\n".join(lines).encode("utf-8", "surrogateescape")  # a file name need not be valid text
+    return hashlib.sha256(text).hexdigest()[:12]
+
+
+# Choosing a dataset
+
+
+def make_dataset(config: DataConfig, split: str) -> ImageDataset | StreamDataset:
+    """Open the images for the role "train" or "val"; a missing or shared split is a UserError, never a guess."""
+    _check(config)
+    if split not in ("train", "val"):
+        raise ValueError(f"split names a role, train or val, not {split!r}")
+    if config.train == config.val:
+        raise UserError(f"data.train and data.val are both {config.val!r}: training on the evaluation images")
+    if config.name == "folder":
+        return ImageDataset(Folder(_folder(config, split), f"data.{split}"), config, config.resize)
+    if config.name == "photos":
+        return _photos(config, split)
+    if config.name.partition("/")[0].lower() in TIMM and "/" in config.name:
+        return _timm(config, split)
+    choices = suggestion(config.name, ["folder", "photos", *(f"{prefix}/NAME" for prefix in TIMM)])
+    raise UserError(f"data.name: {config.name!r} is unknown; {choices}")
+
+
+def _check(config: DataConfig) -> None:
+    resolution = list(config.resolution)
+    if len(resolution) != 2 or min(resolution) < 1:
+        raise UserError(f"data.resolution: {resolution} is not [height, width] in positive numbers")
+    if config.resize is not None and config.resize < min(resolution):
+        raise UserError(f"data.resize: {config.resize} is smaller than data.resolution {resolution}; null fits it")
+    for key, least in (("batch_size", 1), ("eval_batch_size", 1), ("workers", 0), ("bad_files", 0)):
+        if getattr(config, key) < least:
+            raise UserError(f"data.{key}: {getattr(config, key)} is less than {least}")
+
+
+def _folder(config: DataConfig, split: str) -> Path:
+    """Return root/<split's folder>; UserError if it is missing or shares images with the other split."""
+    if not config.root:
+        raise UserError("data.root: not set; give the folder that holds the images")
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data.root: {root} is not a folder")
+    own, other = (root / getattr(config, role) for role in (("train", "val") if split == "train" else ("val", "train")))
+    if not own.is_dir():
+        inside = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        raise UserError(
+            f"data.{split}: no folder {getattr(config, split)!r} in {root}; sub-folders: {', '.join(inside) or 'none'};"
+            f" name one with data.{split}=NAME, or use the root itself with data.{split}=."
+        )
+    real, rival = own.resolve(), other.resolve()
+    if rival.is_dir() and (real == rival or real in rival.parents or rival in real.parents):
+        raise UserError(
+            f"data.train={config.train} and data.val={config.val} share images in {root}: training on the evaluation "
+            "images; name two separate folders"
+        )
+    return own
+
+
+def _photos(config: DataConfig, split: str) -> ImageDataset:
+    part = getattr(config, split)
+    if part not in ("train", "val"):
+        raise UserError(f"data.{split}: photos has no split {part!r}; {suggestion(part, ['train', 'val'])}")
+    resolution = tuple(config.resolution)
+    # Tiles are used at their own scale by default, in evaluation too, so that both splits look alike.
+    resize = config.resize or min(max(TILE, side) for side in resolution)
+    source = Photos(part == "val", resolution, centred=split == "val" and config.resize is None)
+    return ImageDataset(source, config, resize)
+
+
+def _timm(config: DataConfig, role: str) -> ImageDataset | StreamDataset:
+    """Open a dataset of timm's, whose factory would fall back to the root or to the test set for an unknown split."""
+    prefix, rest = config.name.split("/", 1)
+    package, split, root, kind = TIMM[prefix.lower()], getattr(config, role), config.root, rest.lower()
+    if package and importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise UserError(f"data.name: {config.name!r} needs another package: pip install {package}")
+    if prefix.lower() == "torch":
+        if kind in ("folder", "image_folder"):
+            root = str(_folder(config, role))
+        else:
+            _check_torch_split(config, role, kind)
+    from timm.data import create_dataset  # takes seconds, which a worker or another source need not spend
+
+    try:
+        dataset = create_dataset(
+            config.name,
+            root,
+            split,
+            search_split=False,
+            is_training=role == "train",
+            download=False,
+            batch_size=config.batch_size,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # every reader has its own ways to refuse what the user named
+        where = f"{config.name!r}, data.{role}={split}, data.root={config.root}"
+        raise UserError(f"data.name: timm cannot open {where}: {_reason(error)}") from error
+    name = f"{config.name}/{split}"
+    if isinstance(dataset, IterableDataset):
+        return StreamDataset(dataset, name, config)
+    if len(dataset) == 0:
+        raise UserError(f"data.{role}: {name} has no images")
+    return ImageDataset(TimmImages(dataset, name), config, config.resize)
+
+
+def _check_torch_split(config: DataConfig, role: str, kind: str) -> None:
+    """Refuse split names that timm would take for the test set, and two names for one set."""
+    if not config.root:
+        raise UserError(f"data.root: not set; give the folder that holds {config.name}")
+    if kind in ("inat", "inaturalist", "imagenet"):  # these have splits by name and refuse unknown ones
+        return
+    sets = {"train": "train", "training": "train"}
+    sets |= dict.fromkeys(("val", "valid", "validation", "eval", "evaluation", "test"), "test")
+    if (split := getattr(config, role)) not in sets:
+        raise UserError(f"data.{role}: {config.name} has no split {split!r}; {suggestion(split, sets)}")
+    if sets[split] == sets.get(config.val if role == "train" else config.train):
+        raise UserError(
+            f"data.train={config.train} and data.val={config.val} are one set of {config.name}: training on the "
+            "evaluation images"
+        )
+
+
+# Batches
+
+
+def train_batches(
+    config: DataConfig,
+    dataset: ImageDataset | StreamDataset,
+    seed: int,
+    start: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    accumulate: int = 1,
+) -> Iterator[Batch]:
+    """Yield this process's micro-batches without end, after `start` samples of the whole run; closing ends the workers.
+
+    A run is one sequence of samples, numbered by position over all processes. Position t belongs to pass t // L, where
+    L is the dataset's length without the part that fills no batch; a pass's order depends on (seed, pass), a crop on
+    (seed, t), and neither on workers, processes or accumulation. A step's batch is cut into accumulate * processes
+    slices: micro-batch a of process r is slice a * processes + r.
+    """
+    parts = processes * accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"data.batch_size: {config.batch_size} is not divisible by {processes} processes x {accumulate} "
+            f"accumulated micro-batches = {parts}"
+        )
+    if start % config.batch_size:
+        raise UserError(
+            f"data.batch_size: {config.batch_size} does not divide the {start} samples that the run has already seen; "
+            "go on with the batch size it began with"
+        )
+    slices = _slices(config.batch_size, start, process, processes, accumulate)
+    if isinstance(dataset, StreamDataset):
+        return _stream_batches(config, replace(dataset, seed=seed), slices, config.batch_size // parts)
+    keys = _train_keys(slices, len(dataset), config.batch_size, seed)
+    return _batches(_loader(dataset, config.workers, batch_sampler=keys, collate_fn=dataset.collate), dataset, True)
+
+
+def eval_batches(
+    config: DataConfig,
+    dataset: ImageDataset | StreamDataset,
+    process: int = 0,
+    processes: int = 1,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """Yield each sample once over all processes, ascending by position, which is its index; the tail is included.
+
+    `limit` takes that many samples, evenly spread, since neighbours are often of one class.
+    """
+    size = config.eval_batch_size
+    if isinstance(dataset, StreamDataset):
+        return _stream_batches(config, dataset, (range(i * size, (i + 1) * size) for i in count()), size, limit)
+    length = len(dataset) if limit is None else min(limit, len(dataset))
+    keys = [Key(index, index) for index in (i * len(dataset) // length for i in range(length))]
+    shares = [keys[first : first + size] for first in range(0, length, size)][process::processes]
+    loader = _loader(dataset, min(config.workers, len(shares)), batch_sampler=shares, collate_fn=dataset.collate)
+    return _batches(loader, dataset, False)
+
+
+def _slices(batch_size: int, start: int, process: int, processes: int, accumulate: int) -> Iterator[range]:
+    """Yield the positions of each micro-batch of this process."""
+    size = batch_size // (processes * accumulate)
+    for first in count(start, batch_size):
+        for micro in range(accumulate):
+            begin = first + (micro * processes + process) * size
+            yield range(begin, begin + size)
+
+
+def _train_keys(slices: Iterator[range], length: int, batch_size: int, seed: int) -> Iterator[list[Key]]:
+    usable = length // batch_size * batch_size or length
+
+    @functools.lru_cache(maxsize=2)  # a small dataset's batch may span passes
+    def order(number: int) -> np.ndarray:
+        return np.random.default_rng((seed, 0, number)).permutation(length)
+
+    for positions in slices:
+        yield [Key(int(order(position // usable)[position % usable]), position, seed) for position in positions]
+
+
+def _batches(loader: DataLoader, dataset: ImageDataset, training: bool) -> Iterator[Batch]:
+    """Yield what the loader reads; RuntimeError when a worker dies or hangs."""
+    try:
+        for images, positions, failures in loader:
+            new = dataset.remember(failures)
+            yield Batch(images, positions, new if training else list(failures))
+    except (OSError, EOFError) as error:  # torch names a dead worker, unless it died while handing over a batch
+        raise RuntimeError("a worker that reads images died; was there too little memory for data.workers?") from error
+
+
+def _stream_batches(
+    config: DataConfig, dataset: StreamDataset, slices: Iterator[range], size: int, limit: int | None = None
+) -> Iterator[Batch]:
+    workers = config.workers if dataset.seed is not None else 0  # one reader, so that nothing comes twice
+    dataset.stream.set_loader_cfg(num_workers=workers)
+    for images, positions in zip(_loader(dataset, workers, batch_size=size), slices, strict=False):
+        kept = len(images) if limit is None else max(0, min(len(images), limit - positions.start))
+        if kept == 0:
+            return
+        yield Batch(images[:kept], torch.arange(positions.start, positions.start + kept), [])
+
+
+def _loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        timeout=STUCK if workers else 0,
+        worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # else each loader would advance the global generator
+        **how,
+    )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ignore a signal to the whole process group, so that the run can finish its step; the run itself ends workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

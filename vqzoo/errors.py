@@ -1,0 +1,27 @@
+"""What goes wrong by a user's hand, said so that the user can mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a recipe, a file or a command: its text names the key or file, the value and the way out.
+
+    The command line prints the text without a traceback and exits with status 2.
+    """
+
+
+class PluginError(Exception):
+    """A plugin broke the contract: the text names the plugin, the hook, what came and what was expected."""
+
+
+class NonFiniteError(Exception):
+    """A loss or a gradient is NaN or infinite: the text names the term and the step; nothing was updated."""
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """Return a clause for an error message: the nearest choice, if one is near, and all of them."""
+    names = sorted(choices)
+    near = difflib.get_close_matches(word, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}choices: {', '.join(names) or 'none'}"

@@ -1,0 +1,115 @@
+"""The hooks: every place at which vqzoo asks plugins, in the order in which a run meets them. This is the plugin manual.
+
+Letters: B images on this process, N tokens per image on a grid (h, w), M tokens of one optimizer step over all processes
+and micro-batches, D code width, K codebook size, Q codes per token. Images are [B, 3, H, W] in [-1, 1]. Losses are 0-dim
+and already weighted. An implementation names the arguments that it wants and leaves out the rest.
+
+`one(...)` hooks have exactly one provider per stage, bound by the recipe's `hooks:` or because there is no other; an
+implementation marked `@hookimpl(trylast=True)` yields to another. `many` hooks call every contributor in the recipe's order. A
+`@hookimpl(wrapper=True)` implementation receives what was returned (`result = yield`) and returns what it makes of it; of
+two wrappers the one named first in the recipe is the outer.
+"""
+
+from typing import Any
+
+import pluggy
+
+hookspec = pluggy.HookspecMarker("vqzoo")
+one = hookspec(firstresult=True)
+many = hookspec
+
+REQUIRED = ("make_codebook", "quantize", "straight_through", "embedding_loss", "reconstruction_loss")
+"""The hooks without whose provider nothing can be trained."""
+
+
+@one
+def make_codebook(size: int, width: int) -> Any:
+    """Return a `vqzoo.Codebook` of K = size codes of D = width.
+
+    Called once, before the encoder exists: its `latent_width` decides how wide the encoder is.
+    """
+
+
+@one
+def quantize(latents: Any, codebook: Any, grid: tuple[int, int], progress: Any) -> Any:
+    """Choose a code for each latent and return `vqzoo.Quantized`.
+
+    latents [B, N, D] float32, N = h·w in row-major order of grid. Called in each forward, with autocast off, in training and
+    evaluation (then progress is None, and the result must depend on latents and codebook only).
+    """
+
+
+@one
+def straight_through(latents: Any, codes: Any, extras: dict) -> Any:
+    """Return what the decoder sees [B, N, D]: the value of codes with a gradient for latents.
+
+    Called in each training forward, with autocast off; in evaluation the decoder sees the codes themselves.
+    """
+
+
+@one
+def embedding_loss(latents: Any, codes: Any, indices: Any, extras: dict, codebook: Any, progress: Any) -> dict:
+    """Return the losses that tie latents and codebook together, by name; {} for none.
+
+    latents [B, N, D] and codes [B, N, D] are those before the straight-through estimator. Called in each training forward, with
+    autocast off. A term that only moves the encoder is left out when latents do not require a gradient.
+    """
+
+
+@many
+def reconstruction_loss(images: Any, reconstructions: Any, discriminator: Any, last_layer: Any, progress: Any) -> dict:
+    """Return the losses on what the decoder made, by name.
+
+    discriminator is None without one; its parameters take no gradient here. last_layer is the decoder's last weight, for
+    adaptive weights. A wrapper receives the list of all dicts and returns such a list. Called in each training step.
+    """
+
+
+@one
+def make_discriminator() -> Any:
+    """Return the discriminator, an `nn.Module`. Called once, before training; it gets an optimizer of its own."""
+
+
+@one
+def discriminator_loss(images: Any, reconstructions: Any, discriminator: Any, progress: Any) -> dict:
+    """Return the discriminator's losses by name.
+
+    reconstructions [B, 3, H, W] are detached. Called in each training step, after the tokenizer's own optimizer step.
+    """
+
+
+@many
+def refresh_codes(
+    codebook: Any,
+    latents: Any,
+    indices: Any,
+    counts: Any,
+    epoch_counts: Any,
+    extras: dict,
+    progress: Any,
+    generator: Any,
+) -> Any:
+    """Change the codebook outside gradient descent and return how many codes were replaced (or None).
+
+    Called without grad after each optimizer step, on every process with the same generator state; it must do the same on all.
+    latents [M, D] and indices [M] or [M, Q] are those of the whole step in sample order, gathered only if somebody asks;
+    counts [K] int64 are its assignments over all processes and epoch_counts [K] those since the epoch's start; extras are this
+    process's, joined over micro-batches. Rows are only ever changed through `codebook.replace_`.
+    """
+
+
+@many
+def stage_transition(stage: str, progress: Any) -> Any:
+    """Return True, or a reason in words, when the stage has done its work.
+
+    Called at each epoch's end after refresh_codes, on every process with the same arguments; any such answer ends the stage.
+    """
+
+
+@many
+def enter_stage(leaving: Any, entering: str, tokenizer: Any, batches: Any, generator: Any) -> None:
+    """Prepare for a stage: start the codebook from data, for example.
+
+    leaving is None before the first stage. batches iterates over training images [B, 3, H, W] of this process, endlessly.
+    Called without grad before the entering stage's optimizer exists; not when a run resumes.
+    """

@@ -1,0 +1,104 @@
+"""Evaluation: how well a tokenizer reconstructs held-out images, and how it uses its codes."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from vqzoo.data import Batch, to_images
+from vqzoo.ops import all_reduce_sum, code_usage, perplexity, usage
+from vqzoo.tokenizer import Tokenizer
+
+PROTOCOL = {
+    "crop": "shorter side resized to cover the resolution, centre crop",
+    "rounding": "clamped to [-1, 1], rounded to 8 bits",
+    "psnr": "per image, then mean",
+    "ssim": "Gaussian window 11, sigma 1.5, on 8-bit values, per image, then mean",
+    "usage": "share of codes hit at least once over all evaluated images",
+    "perplexity": "exp of the entropy (nats) of the codes over all evaluated images",
+}
+"""How the numbers of `evaluate` are made; part of every metric card."""
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Return images in [-1, 1] as the 8-bit values [0, 255] that a file would hold, in float32; clamped and rounded."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round()
+
+
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB of each image [B] from 8-bit values; infinite for equal images."""
+    error = (images - reconstructions).double().square().flatten(1).mean(1)
+    return 10 * torch.log10(255**2 / error)
+
+
+def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Return the structural similarity of each image [B] from 8-bit values (Gaussian window 11, sigma 1.5)."""
+    values = structural_similarity_index_measure(
+        reconstructions, images, gaussian_kernel=True, sigma=1.5, data_range=255.0, reduction="none"
+    )
+    return values.reshape(-1).double()
+
+
+class Evaluation:
+    """Add up a tokenizer's results batch by batch; every process may hold a part of the images."""
+
+    def __init__(self, tokenizer: Tokenizer, device: torch.device):
+        self.tokenizer, self.device = tokenizer, device
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(tokenizer.codebook.size, dtype=torch.int64, device=device)
+        self.tokens, self.depth, self.discrete = 0, 1, True
+        self.bad: list[str] = []
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Reconstruct a batch and add its results."""
+        self.bad += batch.bad
+        if not len(batch.images):
+            return
+        images = to_images(batch.images, self.device)
+        output = self.tokenizer(images)
+        one, other = to_bytes(images), to_bytes(output.reconstructions)
+        values = torch.stack([psnr(one, other).sum(), ssim(one, other).sum(), one.new_tensor(len(images)).double()])
+        self.sums += values
+        self.tokens = output.latents.shape[1]
+        self.discrete = output.indices is not None
+        if self.discrete:
+            self.depth = output.indices[0, 0].numel()
+            self.counts += code_usage(output.indices, len(self.counts))
+
+    def results(self) -> Iterator[tuple[str, float]]:
+        """Yield each metric's name and value, over all processes; called by every process."""
+        total_psnr, total_ssim, count = all_reduce_sum(self.sums).tolist()
+        counts = all_reduce_sum(self.counts)
+        yield "psnr", total_psnr / count if count else math.nan
+        yield "ssim", total_ssim / count if count else math.nan
+        if self.discrete:
+            yield "usage", float(usage(counts))
+            yield "perplexity", float(perplexity(counts))
+            yield "codebook_size", len(counts)
+            yield "bits_per_token", self.depth * math.log2(len(counts))
+        yield "tokens_per_image", self.tokens
+        yield "images", int(count)
+
+
+def evaluate(tokenizer: Tokenizer, batches: Iterable[Batch], device: torch.device) -> tuple[dict[str, float], list[str]]:
+    """Return the metrics of a tokenizer over batches of held-out images, and the names of files that did not decode."""
+    mode = tokenizer.training
+    tokenizer.eval()
+    evaluation = Evaluation(tokenizer, device)
+    for batch in batches:
+        evaluation.add(batch)
+    tokenizer.train(mode)
+    return dict(evaluation.results()), evaluation.bad
+
+
+def table(metrics: dict[str, float]) -> str:
+    """Lay metrics out as two aligned columns for the terminal."""
+    units = {"psnr": " dB", "bits_per_token": " bits"}
+    forms = {"usage": "{:.1%}", "psnr": "{:.2f}", "ssim": "{:.4f}", "perplexity": "{:,.1f}", "bits_per_token": "{:g}"}
+    rows = [(name.replace("_", " "), forms.get(name, "{:,}").format(value) + units.get(name, ""))
+            for name, value in metrics.items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value:>12}" for name, value in rows)

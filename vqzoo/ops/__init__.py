@@ -1,0 +1,19 @@
+"""The heavy arithmetic of quantizers: one public function per operation, on any device."""
+
+from vqzoo.ops.collective import all_reduce_sum, gather_rows
+from vqzoo.ops.embedding import embedding_losses, straight_through
+from vqzoo.ops.nearest import nearest_codes
+from vqzoo.ops.nonstationary import nonstationary_loss
+from vqzoo.ops.usage import code_usage, perplexity, usage
+
+__all__ = [
+    "all_reduce_sum",
+    "code_usage",
+    "embedding_losses",
+    "gather_rows",
+    "nearest_codes",
+    "nonstationary_loss",
+    "perplexity",
+    "straight_through",
+    "usage",
+]

@@ -1,0 +1,42 @@
+"""Sums and gathers over processes that are the identity on one."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes; the gradient is summed over them too.
+
+    Every process must call it, and run backward through it, in the same order.
+    """
+    return _Sum.apply(tensor) if _processes() > 1 else tensor
+
+
+@torch.no_grad()
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Concatenate the rows [M, ...] of all processes in the order of their ranks: [M·processes, ...], no gradient.
+
+    M must be the same on every process.
+    """
+    if _processes() == 1:
+        return tensor.detach()
+    rows = tensor.new_empty(len(tensor) * _processes(), *tensor.shape[1:])
+    dist.all_gather_into_tensor(rows, tensor.contiguous())
+    return rows
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient)
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

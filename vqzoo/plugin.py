@@ -1,0 +1,68 @@
+"""What a plugin is made of: its base class and the two records that hooks exchange."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pluggy
+from torch import Tensor, nn
+
+hookimpl = pluggy.HookimplMarker("vqzoo")
+"""Marks a plugin's method as an implementation of the hook of that name (see `vqzoo.hookspecs`)."""
+
+
+class Plugin(nn.Module):
+    """Answers hooks for one method.
+
+    A plugin lives inside the tokenizer, so everything that must survive a checkpoint is a parameter or a buffer:
+    counters are 0-dim buffers, never plain attributes. Its fields in a recipe are those of the nested dataclass Config,
+    whose `__post_init__` may raise ValueError for values that cannot work. The two methods below are optional
+    declarations, read when a recipe is wired.
+    """
+
+    @dataclass
+    class Config:
+        """The fields that a recipe may set under `plugins.NAME`."""
+
+    def __init__(self, config: "Plugin.Config"):
+        super().__init__()
+        self.config = config
+
+    def loss_names(self) -> tuple[str, ...]:
+        """Name the losses that this plugin may return; a loss must be named here to be watched by another plugin."""
+        return ()
+
+    def watched_losses(self) -> tuple[str, ...]:
+        """Name the losses whose epoch means `stage_transition` reads; wiring refuses a stage in which nobody returns one."""
+        return ()
+
+
+@dataclass
+class Quantized:
+    """Carry what `quantize` returns.
+
+    codes [B, N, D] are the chosen vectors, float32; indices [B, N] or [B, N, Q] int64, or None if not discrete; extras
+    are tensors [B, ...] that a method hands on to its own other hooks.
+    """
+
+    codes: Tensor
+    indices: Tensor | None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Say where in the run a hook is called.
+
+    step counts optimizer steps completed since the run's start, step_in_stage those of this stage; epoch and
+    epoch_in_stage count epochs completed before the present one. ends_epoch says that a step is the last of its epoch;
+    then, in `refresh_codes` and `stage_transition`, means holds each loss's mean over the epoch and all processes.
+    """
+
+    step: int
+    epoch: int
+    stage: str
+    step_in_stage: int
+    epoch_in_stage: int
+    steps_per_epoch: int
+    means: Mapping[str, float] = field(default_factory=dict)
+    ends_epoch: bool = False

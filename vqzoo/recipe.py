@@ -1,0 +1,274 @@
+"""Recipes: what a run is, as YAML checked against dataclasses before anything else happens."""
+
+import platform
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vqzoo.data import DataConfig
+from vqzoo.errors import UserError, suggestion
+from vqzoo.manager import find
+
+
+@dataclass
+class EncoderConfig:
+    """Any timm model by name; stride chooses the token grid; args go to timm."""
+
+    name: str = "vqgan_encoder"
+    stride: int = 8
+    pretrained: Any = False
+    batch_norm: str = "train"
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DecoderConfig:
+    name: str = "conv"
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CodebookConfig:
+    size: int = 1024
+    width: int = 64
+
+
+@dataclass
+class OptimConfig:
+    """Adam or AdamW; scale multiplies the learning rate of parameters whose name matches a pattern (last match wins)."""
+
+    name: str = "adam"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float | None = None
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    scale: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class StageConfig:
+    """A part of the run: at most `epochs` long (the last stage: the rest), with its own frozen names and hooks."""
+
+    name: str = "train"
+    epochs: int | None = None
+    freeze: list[str] = field(default_factory=list)
+    hooks: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class LogConfig:
+    """steps between TensorBoard entries, epochs between evaluations; images pictured, images on which drift is measured."""
+
+    steps: int = 50
+    evaluate_epochs: int = 1
+    images: int = 8
+    drift_images: int = 32
+
+
+@dataclass
+class CheckpointConfig:
+    epochs: int = 1
+    keep: int = 2
+
+
+@dataclass
+class Recipe:
+    """A whole run; `vqzoo run` trains it, `vqzoo check` explains it."""
+
+    seed: int = 0
+    epochs: int = 1
+    epoch_steps: int | None = None
+    accumulate: int = 1
+    precision: str = "no"
+    ema: float = 0.999
+    init_from: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    plugins: dict[str, Any] = field(default_factory=dict)
+    hooks: dict[str, list[str]] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    discriminator_optim: OptimConfig = field(default_factory=OptimConfig)
+    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def shipped() -> dict[str, Path]:
+    """Return the recipes that come with vqzoo, by name."""
+    spec = find_spec("vqzoo_recipes")
+    folders = [Path(path) for path in (spec.submodule_search_locations if spec else None) or [] if Path(path).is_dir()]
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in folders
+        for path in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe given as a path or by a shipped recipe's name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    recipes = shipped()
+    if name in recipes:
+        return recipes[name]
+    raise UserError(f"recipe {name!r}: no such file, and no shipped recipe of that name; {suggestion(name, recipes)}")
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe, apply `key=value` overrides (`stages[0].epochs=3` too), and check every key, type and range.
+
+    Raises UserError naming the file and the full key.
+    """
+    path = find_recipe(name)
+    raw = _read(path)
+    for override in overrides or []:
+        _override(raw, override)
+    schema = OmegaConf.structured(Recipe)
+    if not isinstance(raw.get("plugins") or {}, DictConfig | dict):
+        raise UserError(f"{path}: plugins: must map each plugin's name to its fields, as in `vq: {{}}`")
+    raw.plugins = raw.get("plugins") or {}
+    for plugin in list(raw.plugins):
+        raw.plugins[plugin] = {} if raw.plugins[plugin] is None else raw.plugins[plugin]
+        schema.plugins[plugin] = OmegaConf.structured(find(str(plugin)).load().Config)
+    _check_keys(raw, schema, "", path)
+    try:
+        recipe = OmegaConf.to_object(OmegaConf.merge(schema, raw))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: plugins: {error}") from error
+    _check_values(recipe, path)
+    return recipe
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        raw = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as plain YAML: {error}") from error
+    if not isinstance(raw, DictConfig):
+        raise UserError(f"{path}: a recipe is a mapping of keys, not {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: DictConfig, override: str) -> None:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{override!r} is not an override; write key=value, as in optim.lr=1e-4 or stages[0].epochs=3")
+    try:
+        raw.merge_with_dotlist([override])
+    except (OmegaConfBaseException, YAMLError, IndexError, TypeError, AssertionError) as error:
+        raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from error
+
+
+def _check_keys(raw: Any, schema: Any, where: str, path: Path) -> None:
+    """Refuse keys that the dataclasses do not have, with the full key and the nearest one."""
+    if isinstance(raw, ListConfig) and where == "stages":
+        for number, item in enumerate(raw):
+            _check_keys(item, OmegaConf.structured(StageConfig), f"stages[{number}]", path)
+    kind = OmegaConf.get_type(schema) if isinstance(schema, DictConfig) else None
+    if not isinstance(raw, DictConfig) or not isinstance(schema, DictConfig):
+        return
+    for key in raw:
+        full = f"{where}.{key}" if where else str(key)
+        if key in schema:
+            if not OmegaConf.is_missing(raw, key) and not OmegaConf.is_interpolation(raw, key):
+                _check_keys(raw[key], schema[key], full, path)
+        elif is_dataclass(kind):
+            raise UserError(f"{path}: {full}: unknown key; {suggestion(str(key), [str(k) for k in schema])}")
+
+
+def _check_values(recipe: Recipe, path: Path) -> None:
+    def refuse(key: str, value: Any, rule: str) -> None:
+        raise UserError(f"{path}: {key}: {value!r} will not do; {rule}")
+
+    for key in ("epochs", "accumulate", "codebook.size", "codebook.width", "encoder.stride", "data.batch_size",
+                "data.eval_batch_size", "log.steps", "log.evaluate_epochs", "checkpoint.epochs", "checkpoint.keep"):
+        value = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value < 1:
+            refuse(key, value, "it must be at least 1")
+    if recipe.epoch_steps is not None and recipe.epoch_steps < 1:
+        refuse("epoch_steps", recipe.epoch_steps, "it must be at least 1, or null for one pass over the data")
+    if not 0 <= recipe.ema < 1:
+        refuse("ema", recipe.ema, "it must be in [0, 1); 0 switches it off")
+    if recipe.precision not in ("no", "bf16", "fp16"):
+        refuse("precision", recipe.precision, suggestion(recipe.precision, ("no", "bf16", "fp16")))
+    for key, optim in (("optim", recipe.optim), ("discriminator_optim", recipe.discriminator_optim)):
+        if optim.name not in ("adam", "adamw"):
+            refuse(f"{key}.name", optim.name, suggestion(optim.name, ("adam", "adamw")))
+        if optim.schedule not in ("constant", "cosine", "linear"):
+            refuse(f"{key}.schedule", optim.schedule, suggestion(optim.schedule, ("constant", "cosine", "linear")))
+        if not optim.lr > 0:
+            refuse(f"{key}.lr", optim.lr, "it must be positive")
+    _check_stages(recipe, refuse)
+
+
+def _check_stages(recipe: Recipe, refuse: Any) -> None:
+    if not recipe.stages:
+        refuse("stages", [], "name at least one stage, or leave the key out")
+    names = [stage.name for stage in recipe.stages]
+    if len(set(names)) < len(names):
+        refuse("stages", names, "each stage needs a name of its own")
+    for number, stage in enumerate(recipe.stages[:-1]):
+        if stage.epochs is None or stage.epochs < 1:
+            refuse(f"stages[{number}].epochs", stage.epochs, "every stage but the last needs its greatest length in epochs")
+    if recipe.stages[-1].epochs is not None:
+        refuse(f"stages[{len(names) - 1}].epochs", recipe.stages[-1].epochs, "the last stage takes the rest of `epochs`")
+    used = sum(stage.epochs or 0 for stage in recipe.stages[:-1])
+    if used >= recipe.epochs:
+        refuse("epochs", recipe.epochs, f"the stages before the last may take {used}, so the last would get none")
+
+
+def plain(config: Any) -> Any:
+    """Return a recipe or a part of one as dicts, lists and scalars."""
+    if is_dataclass(config):
+        return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, dict):
+        return {str(key): plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    return config
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return the recipe as YAML that `load_recipe` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(recipe)))
+
+
+def versions(plugins: list[str]) -> dict[str, str]:
+    """Return the versions of vqzoo, its main dependencies and the named plugins' distributions."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("vqzoo", "timm", "accelerate"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    for name in plugins:
+        source = find(name)
+        found[f"plugin {name}"] = f"{source.distribution} {source.version}"
+    return found
+
+
+def difference(one: Any, other: Any, key: str = "") -> list[str]:
+    """Return the full keys in which two plain recipes differ, with both values."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [*one, *(k for k in other if k not in one)]
+        return [line for k in keys for line in difference(one.get(k), other.get(k), f"{key}.{k}" if key else str(k))]
+    return [] if one == other else [f"{key}: {one!r} → {other!r}"]
+
+

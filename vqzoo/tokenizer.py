@@ -1,0 +1,291 @@
+"""The tokenizer: images to indices and back, with the hooks of one stage bound to it."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vqzoo.codebook import Codebook
+from vqzoo.errors import PluginError, UserError, suggestion
+from vqzoo.manager import Hooks, find, make_manager
+from vqzoo.networks import Encoder, make_decoder
+from vqzoo.plugin import Plugin, Progress, Quantized
+from vqzoo.recipe import CodebookConfig, DecoderConfig, EncoderConfig, Recipe, plain, versions
+
+INFERENCE = ("make_codebook", "quantize")
+"""The hooks without which images cannot be turned into indices and back."""
+
+
+@dataclass
+class TokenizerConfig:
+    """What a tokenizer is made of; the content of config.json."""
+
+    resolution: list[int]
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    codebook: CodebookConfig
+    plugins: dict[str, Any] = field(default_factory=dict)
+    hooks: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class Output:
+    """Carry one forward: reconstructions [B, 3, H, W], latents and codes [B, N, D], indices [B, N] or [B, N, Q] or None."""
+
+    reconstructions: Tensor
+    latents: Tensor
+    codes: Tensor
+    indices: Tensor | None
+    extras: dict[str, Tensor]
+    losses: dict[str, Tensor]
+
+
+class Tokenizer(nn.Module):
+    """Encode images into indices and decode them, by an encoder, a codebook, a decoder and the plugins of a recipe."""
+
+    def __init__(self, config: TokenizerConfig, required: Iterable[str] = INFERENCE):
+        super().__init__()
+        self.config = config
+        self.plugins = nn.ModuleDict({name: make_plugin(name, c) for name, c in config.plugins.items()})
+        self._wire(dict(config.hooks), "hooks", tuple(required))
+        self.codebook = self._make_codebook(config.codebook)
+        if not self.codebook.replaceable and self.hooks.providers("refresh_codes"):
+            raise UserError(f"hooks.refresh_codes: {', '.join(self.hooks.providers('refresh_codes'))} would overwrite codes, "
+                            f"but {type(self.codebook).__name__} is implicit; route it away with refresh_codes: []")
+        encoder = config.encoder
+        self.encoder = Encoder(
+            encoder.name, self.codebook.latent_width, encoder.stride, tuple(config.resolution),
+            encoder.pretrained, encoder.args, encoder.batch_norm,
+        )
+        self.decoder = make_decoder(
+            config.decoder.name, self.codebook.width, encoder.stride, tuple(config.resolution), config.decoder.args
+        )
+        self._trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        self._frozen: list[str] = []
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, required: Iterable[str] = INFERENCE) -> "Tokenizer":
+        """Build the untrained tokenizer of a recipe, wired by its top-level hooks."""
+        config = TokenizerConfig(
+            list(recipe.data.resolution), recipe.encoder, recipe.decoder, recipe.codebook, recipe.plugins, recipe.hooks
+        )
+        return cls(config, required)
+
+    def _make_codebook(self, config: CodebookConfig) -> Codebook:
+        try:
+            codebook = self.hooks.make_codebook(size=config.size, width=config.width)
+        except ValueError as error:
+            raise UserError(f"codebook: {error}") from error
+        return self.hooks.answer("make_codebook", codebook, Codebook)
+
+    # ---- wiring
+
+    def wire(self, hooks: Mapping[str, list[str]], where: str, required: Iterable[str], freeze: Iterable[str] = ()) -> None:
+        """Bind the hooks of a stage, and freeze what its patterns name; everything else that can be trained is trained."""
+        self._wire(dict(hooks), where, tuple(required))
+        freeze = list(freeze)
+        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+        for pattern in freeze:
+            if not any(fnmatch(name, pattern) for name in names):
+                parts = [f"{name}.*" for name, child in self.named_children() if list(child.parameters())]
+                raise UserError(f"freeze: {pattern!r} matches no parameter; {suggestion(pattern, parts)}")
+        if any(fnmatch(name, p) for p in freeze for name in names if name.startswith("codebook.")):
+            writers = self.hooks.providers("refresh_codes")
+            if writers:
+                raise UserError(f"freeze: the codebook is to be frozen, but refresh_codes of {', '.join(writers)} "
+                                "overwrites it; set hooks.refresh_codes: [] in this stage")
+        for name, parameter in self.named_parameters():
+            frozen = any(fnmatch(name, pattern) for pattern in freeze)
+            parameter.requires_grad_(name in self._trainable and not frozen)
+            if frozen:
+                parameter.grad = None
+        self._frozen = [name for name, child in self._parts() if self._all_match(name, child, freeze)]
+        self.train(self.training)
+
+    def _wire(self, hooks: dict[str, list[str]], where: str, required: tuple[str, ...]) -> None:
+        self._wiring = (hooks, where, required)
+        self.hooks = Hooks(make_manager(self.plugins), hooks, where, required)
+
+    def _parts(self) -> Iterable[tuple[str, nn.Module]]:
+        for name, child in self.named_children():
+            if isinstance(child, nn.ModuleDict):
+                yield from ((f"{name}.{key}", value) for key, value in child.items())
+            else:
+                yield name, child
+
+    @staticmethod
+    def _all_match(prefix: str, module: nn.Module, freeze: list[str]) -> bool:
+        names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
+        return bool(names) and all(any(fnmatch(name, pattern) for pattern in freeze) for name in names)
+
+    def train(self, mode: bool = True) -> "Tokenizer":
+        """Switch to training, except for frozen parts: their statistics must stand still too."""
+        super().train(mode)
+        for name in self._frozen if mode else []:
+            self.get_submodule(name).eval()
+        return self
+
+    def __getstate__(self) -> dict:
+        # Bound hooks can be neither copied nor pickled, and a copy must call its own plugins.
+        return {key: value for key, value in self.__dict__.items() if key != "hooks"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._wire(*self._wiring)
+
+    # ---- the path from images to images
+
+    def forward(self, images: Tensor, progress: Progress | None = None) -> Output:
+        """Reconstruct images [B, 3, H, W] in [-1, 1]; with the embedding losses when in training mode."""
+        with self.codebook.one_forward():
+            latents, grid = self.latents(images)
+            quantized, seen, losses = self._quantize(latents, grid, progress)
+        reconstructions = self.decoder(_to_map(seen, grid)).float()
+        return Output(reconstructions, latents, quantized.codes, quantized.indices, quantized.extras, losses)
+
+    def latents(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Return the encoder's latents [B, N, D] in float32 and their grid (h, w)."""
+        latents = self.encoder(images)
+        return latents.flatten(2).transpose(1, 2).float(), (latents.shape[2], latents.shape[3])
+
+    def _quantize(self, latents: Tensor, grid: tuple[int, int], progress: Progress | None):
+        """Return what quantize gave, what the decoder sees, and the embedding losses."""
+        hooks, codebook = self.hooks, self.codebook
+        with torch.autocast(latents.device.type, enabled=False):
+            found = hooks.quantize(latents=latents, codebook=codebook, grid=grid, progress=progress)
+            found = hooks.answer("quantize", found, Quantized)
+            self._check_quantized(found, latents)
+            if not self.training:
+                return found, found.codes, {}
+            seen = hooks.straight_through(latents=latents, codes=found.codes, extras=found.extras)
+            seen = hooks.answer("straight_through", seen, Tensor)
+            if not hooks.providers("embedding_loss"):
+                return found, seen, {}
+            losses = hooks.embedding_loss(
+                latents=latents, codes=found.codes, indices=found.indices, extras=found.extras, codebook=codebook,
+                progress=progress,
+            )
+            return found, seen, hooks.answer("embedding_loss", losses, dict)
+
+    def _check_quantized(self, found: Quantized, latents: Tensor) -> None:
+        wanted = (*latents.shape[:2], self.codebook.width)
+        problem = None
+        if tuple(found.codes.shape) != wanted:
+            problem = f"codes {list(found.codes.shape)} where {list(wanted)} is expected"
+        elif found.codes.dtype != torch.float32:
+            problem = f"codes of {found.codes.dtype} where torch.float32 is expected"
+        elif found.indices is not None and found.indices.shape[:2] != latents.shape[:2]:
+            problem = f"indices {list(found.indices.shape)} where {list(latents.shape[:2])} or one dimension more is expected"
+        elif found.indices is not None and found.indices.dtype != torch.int64:
+            problem = f"indices of {found.indices.dtype} where torch.int64 is expected"
+        if problem:
+            raise PluginError(f"hook quantize, served by {' and '.join(self.hooks.providers('quantize'))}, returned {problem}")
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the indices [B, h, w] or [B, h, w, Q] of images [B, 3, H, W] in [-1, 1], as evaluation sees them."""
+        with _evaluating(self):
+            indices, grid = self._encode(images)
+        if indices is None:
+            raise UserError("this tokenizer is not discrete: its method gives no indices")
+        return indices.unflatten(1, grid)
+
+    def _encode(self, images: Tensor) -> tuple[Tensor | None, tuple[int, int]]:
+        with self.codebook.one_forward():
+            latents, grid = self.latents(images)
+            return self._quantize(latents, grid, None)[0].indices, grid
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Return the images [B, 3, H, W] of indices [B, h, w] or [B, h, w, Q]; not clamped, as from `forward`."""
+        if indices.dim() not in (3, 4):
+            raise ValueError(f"indices must be [B, h, w] or [B, h, w, Q], not {list(indices.shape)}")
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook.size:
+            raise ValueError(f"indices must be in [0, {self.codebook.size}), not {int(indices.min())} … {int(indices.max())}")
+        grid = (indices.shape[1], indices.shape[2])
+        with _evaluating(self):
+            return self.decoder(_to_map(self.codebook.lookup(indices.long().flatten(1, 2)), grid)).float()
+
+    # ---- the exported form
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors: all that encoding and decoding need, and no more."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        hooks = {name: self.hooks.providers(name) for name in INFERENCE}
+        kept = [name for name in self.plugins if any(name in names for names in hooks.values())]
+        config = plain(self.config)
+        config["encoder"]["pretrained"] = False
+        config["plugins"] = {name: config["plugins"][name] for name in kept}
+        config["hooks"] = hooks
+        config["versions"] = versions(kept)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(self._release_state(kept), folder / "model.safetensors", {"format": "pt", "library": "vqzoo"})
+
+    def _release_state(self, plugins: list[str]) -> dict[str, Tensor]:
+        def kept(name: str) -> bool:
+            return not name.startswith("plugins.") or name.split(".")[1] in plugins
+
+        return {n: t.detach().cpu().contiguous() for n, t in self.state_dict().items() if kept(n)}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Load an exported tokenizer, or the one in a run's folder, in evaluation mode; every tensor must fit."""
+        folder = Path(folder)
+        folder = folder / "tokenizer" if (folder / "tokenizer" / "config.json").is_file() else folder
+        config_file, weights = folder / "config.json", folder / "model.safetensors"
+        if not config_file.is_file() or not weights.is_file():
+            raise UserError(f"{folder}: neither an exported tokenizer (config.json and model.safetensors) nor a finished run")
+        tokenizer = cls(_read_config(config_file))
+        try:
+            tokenizer.load_state_dict(load_file(weights))
+        except Exception as error:
+            raise UserError(f"{weights}: does not fit {config_file.name}: {error}") from error
+        return tokenizer.eval().requires_grad_(False)
+
+
+def make_plugin(name: str, config: Any) -> Plugin:
+    """Make a plugin from its Config, or from a plain dict of its fields."""
+    kind = find(name).load()
+    if not isinstance(config, kind.Config):
+        try:
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind.Config), config or {}))
+        except (OmegaConfBaseException, ValueError) as error:
+            raise UserError(f"plugins.{name}: {str(error).splitlines()[0]}") from error
+    return kind(config)
+
+
+def _read_config(path: Path) -> TokenizerConfig:
+    try:
+        content = json.loads(path.read_text())
+        content.pop("versions", None)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), content))
+    except (ValueError, AttributeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not a tokenizer's configuration: {str(error).splitlines()[0]}") from error
+
+
+def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Lay tokens [B, N, D] out as [B, D, h, w]."""
+    return tokens.transpose(1, 2).unflatten(2, grid).contiguous()
+
+
+class _evaluating:
+    """Hold a tokenizer in evaluation mode for the length of a block."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __enter__(self) -> None:
+        self.mode = self.tokenizer.training
+        self.tokenizer.eval()
+
+    def __exit__(self, *_: Any) -> None:
+        self.tokenizer.train(self.mode)

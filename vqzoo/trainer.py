@@ -1,0 +1,705 @@
+"""The trainer: one loop, in order. It asks hooks wherever a method could differ, and decides nothing about codebooks."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from vqzoo import checkpoint
+from vqzoo.data import Batch, eval_batches, fingerprint, make_dataset, to_images, train_batches
+from vqzoo.errors import NonFiniteError, PluginError, UserError
+from vqzoo.hookspecs import REQUIRED
+from vqzoo.metrics import PROTOCOL, evaluate
+from vqzoo.monitor import Drift, Monitor, memory, panel, save_picture
+from vqzoo.ops import all_reduce_sum, code_usage, gather_rows, perplexity, usage
+from vqzoo.plugin import Progress
+from vqzoo.recipe import Recipe, difference, load_recipe, plain, to_yaml, versions
+from vqzoo.stage import (
+    Moments,
+    check_scale,
+    longest,
+    make_optimizer,
+    set_learning_rate,
+    stage_hooks,
+    take_moments,
+)
+from vqzoo.tokenizer import Output, Tokenizer
+
+MOST_SKIPPED = 50
+"""Optimizer steps in a row that the fp16 scaler may skip before the run stops."""
+
+
+def build(recipe: Recipe) -> Tokenizer:
+    """Build a recipe's tokenizer and prove that every one of its stages can be wired; the first stage is left wired."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = Tokenizer.from_recipe(recipe, required=("make_codebook",))
+    check_scale(recipe.optim, [name for name, _ in tokenizer.named_parameters()])
+    for number in reversed(range(len(recipe.stages))):
+        enter(tokenizer, recipe, number)
+        _check_watched(tokenizer, recipe, number)
+    return tokenizer
+
+
+def enter(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
+    """Bind the hooks of a stage and freeze what it freezes."""
+    stage = recipe.stages[number]
+    where = f"stages[{number}].hooks" if stage.hooks else "hooks"
+    tokenizer.wire(stage_hooks(recipe, stage), where, REQUIRED, stage.freeze)
+    if tokenizer.hooks.providers("discriminator_loss") and not tokenizer.hooks.providers("make_discriminator"):
+        raise UserError(f"{where}.discriminator_loss: there is no discriminator; nobody serves make_discriminator")
+
+
+def _check_watched(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
+    hooks = tokenizer.hooks
+    returned = {
+        name for hook in ("embedding_loss", "reconstruction_loss", "discriminator_loss")
+        for plugin in hooks.plugins(hook) for name in plugin.loss_names()
+    }
+    for name, plugin in zip(hooks.providers("stage_transition"), hooks.plugins("stage_transition"), strict=True):
+        for missing in set(plugin.watched_losses()) - returned:
+            raise UserError(
+                f"stages[{number}].hooks.stage_transition: {name} watches the loss {missing!r}, which nobody returns in stage "
+                f"{recipe.stages[number].name!r} (returned: {', '.join(sorted(returned)) or 'none'}); route it away with "
+                "stage_transition: []"
+            )
+
+
+@dataclass
+class Counters:
+    """Where a run is; every number of it is in a checkpoint."""
+
+    step: int = 0
+    batches: int = 0
+    epoch: int = 0
+    stage: int = 0
+    step_in_stage: int = 0
+    epoch_in_stage: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    transitions: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Train a recipe into a folder. Everything that can be wrong is found by the constructor, before training."""
+
+    def __init__(self, recipe: Recipe, out: str | Path, resume: bool = False):
+        self.recipe, self.out = recipe, Path(out)
+        self.accelerator = make_accelerator(recipe)
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.train_data, self.val_data = make_dataset(recipe.data, "train"), make_dataset(recipe.data, "val")
+        self.steps_per_epoch = epoch_length(recipe, self.train_data)
+        self.steps = self.steps_per_epoch * recipe.epochs
+        self.counters = Counters()
+        self.moments: Moments = {}
+        self.discriminator_moments: Moments = {}
+
+        tokenizer = build(recipe)
+        if self.accelerator.num_processes > 1 and recipe.encoder.batch_norm == "train":
+            _refuse_unsynced(tokenizer.encoder)
+        if recipe.init_from:
+            init_from(tokenizer, recipe.init_from)
+        self.tokenizer = tokenizer.to(self.device)
+        self.discriminator = self._make_discriminator()
+        self.ema = deepcopy(self.tokenizer).eval().requires_grad_(False) if recipe.ema else self.tokenizer
+        saved = self._find_checkpoint(resume)
+        if saved:
+            self._restore(saved)
+        self.train_batches = self._training_stream()
+        self._claim_folder()
+
+    def _make_discriminator(self) -> nn.Module | None:
+        hooks = self.tokenizer.hooks
+        if not hooks.providers("make_discriminator"):
+            return None
+        discriminator = hooks.answer("make_discriminator", hooks.make_discriminator(), nn.Module)
+        names = [name for name, _ in discriminator.named_parameters()]
+        check_scale(self.recipe.discriminator_optim, names, "discriminator_optim.scale")
+        return discriminator.to(self.device)
+
+    def _find_checkpoint(self, resume: bool) -> Path | None:
+        """Return the checkpoint to continue from; a UserError if the folder's run is not to be, or cannot be, continued."""
+        begun = self.out / "recipe.yaml"
+        if not begun.exists():
+            return None
+        if not resume:
+            raise UserError(f"{self.out} already holds a run; name another folder with --out, or continue it with --resume")
+        saved = checkpoint.latest(self.out / "checkpoints")
+        then, now = ({**plain(recipe), "versions": {}} for recipe in (load_recipe(str(begun)), self.recipe))
+        if saved and (changes := difference(then, now)):
+            raise UserError(f"{self.out} was begun with another recipe and cannot be resumed with this one:\n  "
+                            + "\n  ".join(changes))
+        return saved
+
+    def _claim_folder(self) -> None:
+        self.accelerator.wait_for_everyone()  # every process has looked before the main one writes
+        if not self.main:
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            recipe = replace(self.recipe, versions=versions(list(self.recipe.plugins)))
+            (self.out / "recipe.yaml").write_text(to_yaml(recipe))
+        except OSError as error:
+            raise UserError(f"--out: {self.out} cannot be written: {error}") from error
+
+    def _training_stream(self) -> Iterator[Batch]:
+        recipe = self.recipe
+        start = self.counters.batches * recipe.data.batch_size
+        return train_batches(recipe.data, self.train_data, recipe.seed, start, self.accelerator.process_index,
+                             self.accelerator.num_processes, recipe.accumulate)
+
+    # ---- the run
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, evaluate, export, and return what metrics.json holds."""
+        fixed = self._fixed_images()
+        self.drift = Drift(fixed[: self.recipe.log.drift_images])
+        self.pictured = fixed[: self.recipe.log.images]
+        self.monitor = Monitor(self.out / "tensorboard", self.steps, self.counters.step, self.main)
+        self.began = time.monotonic() - self.counters.seconds
+        try:
+            self.monitor.text("recipe", to_yaml(self.recipe))
+            self._begin_stage(resumed=self.counters.step > 0)
+            while self.counters.epoch < self.recipe.epochs:
+                self._train_epoch()
+                self._end_epoch()
+            return self._finish()
+        finally:
+            self.monitor.close()
+            self.train_batches.close()
+
+    def _fixed_images(self) -> Tensor:
+        wanted = max(self.recipe.log.drift_images, self.recipe.log.images)
+        found = [batch.images for batch in eval_batches(self.recipe.data, self.val_data, limit=wanted)]
+        return to_images(torch.cat(found), self.device)
+
+    # ---- stages
+
+    @property
+    def stage(self) -> str:
+        return self.recipe.stages[self.counters.stage].name
+
+    def _begin_stage(self, resumed: bool = False) -> None:
+        """Wire, freeze, let plugins prepare, and make the optimizers; in this order, since DDP looks only once."""
+        counters, recipe = self.counters, self.recipe
+        enter(self.tokenizer, recipe, counters.stage)
+        if self.ema is not self.tokenizer:
+            enter(self.ema, recipe, counters.stage)
+            self.ema.requires_grad_(False).eval()
+        if not resumed:
+            leaving = recipe.stages[counters.stage - 1].name if counters.stage else None
+            batches = (to_images(batch.images, self.device) for batch in self._preparation_batches())
+            self.tokenizer.eval()
+            with torch.no_grad():
+                self.tokenizer.hooks.enter_stage(
+                    leaving=leaving, entering=self.stage, tokenizer=self.tokenizer, batches=batches,
+                    generator=self._generator(1),
+                )
+        self._make_optimizers()
+        self._follow_replaced()
+        self._checked_gradients = False
+        self._reset_epoch()
+
+    def _preparation_batches(self) -> Iterator[Batch]:
+        """Yield training images beside the run's own stream, which must not move."""
+        recipe = self.recipe
+        stream = train_batches(replace(recipe.data, workers=0), self.train_data, recipe.seed, 0,
+                               self.accelerator.process_index, self.accelerator.num_processes, recipe.accumulate)
+        try:
+            yield from stream
+        finally:
+            stream.close()
+
+    def _make_optimizers(self) -> None:
+        recipe, prepare = self.recipe, self.accelerator.prepare
+        if not any(p.requires_grad for p in self.tokenizer.parameters()):
+            raise UserError(f"stages[{self.counters.stage}].freeze: nothing is left to train")
+        self.optimizer = make_optimizer(self.tokenizer, recipe.optim, self.moments)
+        self.model, self.optimizer = prepare(self.tokenizer, self.optimizer)
+        self.model.train()
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(True).train()
+            self.discriminator_optimizer = make_optimizer(
+                self.discriminator, recipe.discriminator_optim, self.discriminator_moments
+            )
+            self.discriminator_model, self.discriminator_optimizer = prepare(
+                self.discriminator, self.discriminator_optimizer
+            )
+
+    def _leave_stage(self) -> None:
+        """Keep the moments and give the bare modules back."""
+        self._take_moments()
+        self.tokenizer = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.discriminator is not None:
+            self.discriminator = self.accelerator.unwrap_model(self.discriminator_model, keep_fp32_wrapper=False)
+            self.discriminator_model = self.discriminator_optimizer = None
+        self.model = self.optimizer = None
+        self.accelerator.free_memory()
+
+    def _take_moments(self) -> None:
+        take_moments(self.tokenizer, self.optimizer, self.moments)
+        if self.discriminator is not None:
+            take_moments(self.discriminator, self.discriminator_optimizer, self.discriminator_moments)
+
+    # ---- an epoch
+
+    def _reset_epoch(self) -> None:
+        codes = self.tokenizer.codebook.size
+        self.epoch_counts = torch.zeros(codes, dtype=torch.int64, device=self.device)
+        self.epoch_losses: dict[str, Tensor] = {}
+        self.recent_losses: dict[str, Tensor] = {}
+        self.recent_steps, self.replaced, self.logged_at = 0, 0, time.monotonic()
+
+    def _train_epoch(self) -> None:
+        done = 0
+        while done < self.steps_per_epoch:
+            batches = [next(self.train_batches) for _ in range(self.recipe.accumulate)]
+            self._report_bad(batches)
+            ends = done + 1 == self.steps_per_epoch
+            if self._step(batches, ends):
+                done += 1
+                self._log(done)
+
+    def _progress(self, ends_epoch: bool = False) -> Progress:
+        c = self.counters
+        return Progress(c.step, c.epoch, self.stage, c.step_in_stage, c.epoch_in_stage, self.steps_per_epoch,
+                        ends_epoch=ends_epoch)
+
+    def _step(self, batches: list[Batch], ends_epoch: bool) -> bool:
+        """Do one optimizer step of tokenizer and discriminator; False if the fp16 scaler skipped it."""
+        counters, recipe = self.counters, self.recipe
+        progress = self._progress(ends_epoch)
+        torch.manual_seed(_mix(recipe.seed, counters.batches, self.accelerator.process_index))
+        counters.batches += 1
+        self.rate = set_learning_rate(self.optimizer, recipe.optim, counters.step, self.steps)
+        done = self._tokenizer_step(batches, progress)
+        if done is None:
+            return False
+        losses, outputs, images = done
+        if self.discriminator is not None and self.tokenizer.hooks.providers("discriminator_loss"):
+            losses |= self._discriminator_step(images, outputs, progress)
+        self._add_losses(losses)
+        with torch.no_grad():
+            self._update_ema()
+            self._refresh(outputs, progress)
+        counters.step += 1
+        counters.step_in_stage += 1
+        return True
+
+    def _tokenizer_step(self, batches: list[Batch], progress: Progress):
+        """Return the losses, the outputs and the images of all micro-batches, or None for a skipped step."""
+        losses: dict[str, Tensor] = {}
+        outputs, images = [], []
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(False)
+        for number, batch in enumerate(batches):
+            images.append(to_images(batch.images, self.device))
+            with self._no_sync_but_last(self.model, number), self.accelerator.autocast():
+                output = self.model(images[-1], progress)
+                found = {**output.losses, **self._reconstruction_losses(images[-1], output, progress)}
+                total = sum(found.values()) / self.recipe.accumulate
+                _check_loss(total, found)
+                self.accelerator.backward(total)
+            for name, value in found.items():
+                losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
+            output.reconstructions, output.losses = output.reconstructions.detach(), {}
+            outputs.append(output)
+        self._check_every_parameter_has_a_gradient(self.tokenizer, "optim")
+        if not self._apply(self.optimizer, self.tokenizer, self.recipe.optim.clip, losses):
+            return None
+        return losses, outputs, images
+
+    def _reconstruction_losses(self, images: Tensor, output: Output, progress: Progress) -> dict[str, Tensor]:
+        hooks = self.tokenizer.hooks
+        found = hooks.reconstruction_loss(
+            images=images, reconstructions=output.reconstructions, discriminator=self.discriminator,
+            last_layer=self.tokenizer.decoder.last_layer, progress=progress,
+        )
+        return merge_losses(hooks.providers("reconstruction_loss"), found)
+
+    def _discriminator_step(self, images: list[Tensor], outputs: list[Output], progress: Progress) -> dict[str, Tensor]:
+        config, hooks = self.recipe.discriminator_optim, self.tokenizer.hooks
+        self.discriminator.requires_grad_(True)
+        set_learning_rate(self.discriminator_optimizer, config, self.counters.step, self.steps)
+        losses: dict[str, Tensor] = {}
+        for number, (real, output) in enumerate(zip(images, outputs, strict=True)):
+            with self._no_sync_but_last(self.discriminator_model, number), self.accelerator.autocast():
+                found = hooks.discriminator_loss(
+                    images=real, reconstructions=output.reconstructions, discriminator=self.discriminator_model,
+                    progress=progress,
+                )
+                found = hooks.answer("discriminator_loss", found, dict)
+                if not found:
+                    return {}
+                total = sum(found.values()) / self.recipe.accumulate
+                self.accelerator.backward(total)
+            for name, value in found.items():
+                losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
+        self._apply(self.discriminator_optimizer, self.discriminator, config.clip, losses)
+        return losses
+
+    def _no_sync_but_last(self, model: nn.Module, number: int) -> Any:
+        last = number == self.recipe.accumulate - 1
+        return nullcontext() if last else self.accelerator.no_sync(model)
+
+    def _apply(self, optimizer: Any, module: nn.Module, clip: float | None, losses: dict[str, Tensor]) -> bool:
+        """Clip and step unless anything is not finite; False if the fp16 scaler skipped the step."""
+        self.accelerator.unscale_gradients(optimizer)
+        parameters = [p for p in module.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+        finite = torch.stack([torch.isfinite(value).all() for value in losses.values()]).all()
+        if self.recipe.precision != "fp16":
+            finite = finite & torch.isfinite(norm)
+        if all_reduce_sum((~finite).float()) > 0:
+            raise NonFiniteError(self._what_is_not_finite(module, losses))
+        optimizer.step()
+        skipped = optimizer.step_was_skipped
+        optimizer.zero_grad()
+        if optimizer is self.optimizer:
+            self._count_skipped(skipped)
+        return not skipped
+
+    def _count_skipped(self, skipped: bool) -> None:
+        self.counters.skipped = self.counters.skipped + 1 if skipped else 0
+        if self.counters.skipped > MOST_SKIPPED:
+            raise NonFiniteError(f"step {self.counters.step}: the fp16 scaler skipped {MOST_SKIPPED} steps in a row; gradients "
+                                 "overflow at any scale, so lower optim.lr or set precision: bf16")
+
+    def _what_is_not_finite(self, module: nn.Module, losses: dict[str, Tensor]) -> str:
+        terms = [f"loss {name!r}" for name, value in losses.items() if not torch.isfinite(value).all()]
+        if not terms:
+            terms = [f"gradient of {name}" for name, p in module.named_parameters()
+                     if p.grad is not None and not torch.isfinite(p.grad).all()][:3]
+        where = f"step {self.counters.step} (epoch {self.counters.epoch}, stage {self.stage!r})"
+        return f"{where}: {', '.join(terms) or 'a value on another process'} is not finite; nothing was updated"
+
+    def _check_every_parameter_has_a_gradient(self, module: nn.Module, key: str) -> None:
+        if self._checked_gradients:
+            return
+        self._checked_gradients = True
+        idle = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+        if idle:
+            self.monitor.say(f"stage {self.stage}: no gradient reaches {', '.join(idle[:8])}"
+                             f"{f' and {len(idle) - 8} more' if len(idle) > 8 else ''}", self.counters.step)
+
+    def _add_losses(self, losses: dict[str, Tensor]) -> None:
+        for sums in (self.epoch_losses, self.recent_losses):
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.double()
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        """Move the averaged weights; early on by more, so that a short run is not scored on its first weights."""
+        if self.ema is self.tokenizer:
+            return
+        decay = min(self.recipe.ema, (1 + self.counters.step) / (10 + self.counters.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.tokenizer.parameters()), 1 - decay)
+        for mine, theirs in zip(self.ema.buffers(), self.tokenizer.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    # ---- the codebook outside gradient descent
+
+    def _refresh(self, outputs: list[Output], progress: Progress) -> None:
+        hooks, codebook = self.tokenizer.hooks, self.tokenizer.codebook
+        counts = self._counts(outputs)
+        if counts is not None:
+            self.epoch_counts += counts
+        if not hooks.providers("refresh_codes"):
+            return
+        if progress.ends_epoch:
+            progress = replace(progress, means=MappingProxyType(self._epoch_means()))
+        asked = {name: hooks.asks_for("refresh_codes", name) for name in ("latents", "indices", "extras")}
+        replaced = hooks.refresh_codes(
+            codebook=codebook,
+            latents=_joined([o.latents for o in outputs]) if asked["latents"] else None,
+            indices=_joined([o.indices for o in outputs]) if asked["indices"] and counts is not None else None,
+            counts=counts, epoch_counts=self.epoch_counts,
+            extras={k: torch.cat([o.extras[k] for o in outputs]) for k in outputs[0].extras} if asked["extras"] else {},
+            progress=progress, generator=self._generator(2),
+        )
+        self.replaced += sum(int(number or 0) for number in replaced)
+        self._follow_replaced()
+
+    def _counts(self, outputs: list[Output]) -> Tensor | None:
+        if outputs[0].indices is None:
+            return None
+        return all_reduce_sum(sum(code_usage(o.indices, self.tokenizer.codebook.size) for o in outputs))
+
+    def _follow_replaced(self) -> None:
+        """Clear the moments of overwritten rows and give the rows to the weight average."""
+        codebook = self.tokenizer.codebook
+        state = self.optimizer.optimizer.state
+        for rows, vectors, smooth in codebook.take_replaced():
+            if smooth:
+                continue
+            for parameter in codebook.row_parameters():
+                for value in state.get(parameter, {}).values():
+                    if value.shape == parameter.shape:
+                        value[rows] = 0
+            if self.ema is not self.tokenizer:
+                self.ema.codebook.replace_(rows, vectors)
+                self.ema.codebook.take_replaced()
+                for mine, theirs in zip(self.ema.buffers(), self.tokenizer.buffers(), strict=True):
+                    mine.copy_(theirs)
+
+    def _generator(self, purpose: int) -> torch.Generator:
+        """Make the generator of one hook call: a function of seed and step alone, so it is equal on every process."""
+        return torch.Generator(self.device).manual_seed(_mix(self.recipe.seed, self.counters.step, self.counters.stage, purpose))
+
+    # ---- an epoch's end
+
+    def _epoch_means(self) -> dict[str, float]:
+        if not self.epoch_losses:
+            return {}
+        sums = torch.stack([torch.as_tensor(value, device=self.device) for value in self.epoch_losses.values()])
+        sums = all_reduce_sum(sums) / (self.steps_per_epoch * self.accelerator.num_processes)
+        return dict(zip(self.epoch_losses, sums.tolist(), strict=True))
+
+    def _end_epoch(self) -> None:
+        counters = self.counters
+        reason = self._stage_is_over()
+        self._report_epoch()
+        counters.epoch += 1
+        counters.epoch_in_stage += 1
+        counters.seconds = time.monotonic() - self.began
+        if reason and counters.stage + 1 < len(self.recipe.stages) and counters.epoch < self.recipe.epochs:
+            self._change_stage(reason)
+        else:
+            self._reset_epoch()
+        if counters.epoch % self.recipe.checkpoint.epochs == 0 or counters.epoch == self.recipe.epochs:
+            self._save()
+
+    def _stage_is_over(self) -> str | None:
+        """Return why the stage ends with this epoch, or None."""
+        counters = self.counters
+        progress = replace(self._progress(True), means=MappingProxyType(self._epoch_means()))
+        answers = [a for a in self.tokenizer.hooks.stage_transition(stage=self.stage, progress=progress) if a]
+        if answers:
+            return "; ".join(a if isinstance(a, str) else "a plugin ended it" for a in answers)
+        began = counters.epoch - counters.epoch_in_stage
+        length = longest(self.recipe, counters.stage, began)
+        return f"its {length} epochs are over" if counters.epoch_in_stage + 1 >= length else None
+
+    def _change_stage(self, reason: str) -> None:
+        counters = self.counters
+        leaving = self.stage
+        self._leave_stage()
+        counters.stage += 1
+        counters.step_in_stage = counters.epoch_in_stage = 0
+        event = {"step": counters.step, "epoch": counters.epoch, "from": leaving, "to": self.stage, "reason": reason}
+        counters.transitions.append(event)
+        self.monitor.say(f"step {counters.step}: stage {leaving} → {self.stage}: {reason}", counters.step)
+        self._begin_stage()
+
+    def _report_bad(self, batches: list[Batch]) -> None:
+        for name in (name for batch in batches for name in batch.bad):
+            self.monitor.say(f"{name} does not decode and is left out", self.counters.step)
+            if self.main:
+                with (self.out / "bad_files.txt").open("a") as file:
+                    file.write(name + "\n")
+
+    def _log(self, done: int) -> None:
+        counters, log = self.counters, self.recipe.log
+        self.monitor.advance(counters.step)
+        self.recent_steps += 1
+        if counters.step % log.steps and done < self.steps_per_epoch:
+            return
+        losses = {name: float(value) / self.recent_steps for name, value in self.recent_losses.items()}
+        seconds = time.monotonic() - self.logged_at
+        if self.main:
+            share = float(usage(self.epoch_counts)) if self.epoch_counts.any() else None
+            self.monitor.show(self.stage, counters.step, losses, share)
+            self.monitor.scalars(losses, counters.step, "loss")
+            speed = self.recent_steps * self.recipe.data.batch_size / seconds
+            train = {"learning_rate": self.rate, "images_per_second": speed, **memory(self.device)}
+            self.monitor.scalars(train, counters.step, "train")
+            self.monitor.scalars(self.drift.measure(self.tokenizer), counters.step, "drift")
+        self.recent_losses, self.recent_steps, self.logged_at = {}, 0, time.monotonic()
+
+    def _report_epoch(self) -> None:
+        """Write the epoch's usage, and from time to time the metrics and pictures of held-out images."""
+        counters, recipe = self.counters, self.recipe
+        step, epoch = counters.step, counters.epoch + 1
+        if self.epoch_counts.any():
+            codes = {"usage": float(usage(self.epoch_counts)), "perplexity": float(perplexity(self.epoch_counts)),
+                     "replaced": self.replaced}
+            self.monitor.scalars(codes, step, "codes")
+            self.monitor.codes(self.epoch_counts, step)
+        if epoch % recipe.log.evaluate_epochs and epoch != recipe.epochs:
+            return
+        metrics, _ = self._evaluate(limit=max(256, recipe.data.eval_batch_size))
+        self.monitor.scalars(metrics, step, "held_out")
+        if self.main:
+            self.monitor.picture("reconstructions", self._panel(), step)
+
+    def _evaluate(self, limit: int | None = None) -> tuple[dict[str, float], list[str]]:
+        batches = eval_batches(self.recipe.data, self.val_data, self.accelerator.process_index,
+                               self.accelerator.num_processes, limit)
+        return evaluate(self.ema, batches, self.device)
+
+    @torch.no_grad()
+    def _panel(self) -> Tensor:
+        mode = self.ema.training
+        reconstructions = self.ema.eval()(self.pictured).reconstructions
+        self.ema.train(mode)
+        return panel(self.pictured, reconstructions)
+
+    # ---- what is kept
+
+    def _save(self) -> None:
+        if self.main:
+            self._take_moments()
+            tensors = {
+                "tokenizer": self.tokenizer.state_dict(),
+                "average": self.ema.state_dict(),
+                "optimizer": _flat(self.moments),
+            }
+            if self.discriminator is not None:
+                tensors["discriminator"] = self.discriminator.state_dict()
+                tensors["discriminator_optimizer"] = _flat(self.discriminator_moments)
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+            state = {"counters": vars(self.counters), "scaler": scaler, "versions": versions(list(self.recipe.plugins))}
+            folder = self.out / "checkpoints"
+            checkpoint.save(folder, self.counters.step, tensors, state, self.recipe.checkpoint.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, path: Path) -> None:
+        tensors, state = checkpoint.load(path)
+        self.counters = Counters(**state["counters"])
+        self.tokenizer.load_state_dict(tensors["tokenizer"])
+        if self.ema is not self.tokenizer:
+            self.ema.load_state_dict(tensors["average"])
+        self.moments = _nested(tensors["optimizer"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(tensors["discriminator"])
+            self.discriminator_moments = _nested(tensors["discriminator_optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate on all held-out images, and leave metrics.json, the picture and the exported tokenizer."""
+        counters, recipe = self.counters, self.recipe
+        metrics, bad = self._evaluate()
+        counters.seconds = time.monotonic() - self.began
+        seen = counters.step * recipe.data.batch_size
+        result = {
+            "metrics": metrics,
+            "run": {
+                "step": counters.step, "epoch": counters.epoch, "stage": self.stage, "transitions": counters.transitions,
+                "images_per_second": seen / counters.seconds, "seconds": counters.seconds, "finished": True,
+            },
+            "card": metric_card(recipe, self.val_data, bad, self.accelerator),
+        }
+        if self.main:
+            (self.out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+            save_picture(self._panel(), self.out / "reconstructions.png")
+            shutil.rmtree(self.out / "tokenizer", ignore_errors=True)
+            self.ema.save_pretrained(self.out / "tokenizer")
+            self.monitor.scalars(metrics, counters.step, "final")
+        self.accelerator.wait_for_everyone()
+        return result
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Make the Accelerator of a recipe; a UserError where the hardware lacks its precision."""
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision: 'fp16' needs a GPU; use bf16 or no on this machine")
+    # Every process refreshes the codebook alike, so DDP must not broadcast buffers over it.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[ddp], cpu=not torch.cuda.is_available())
+
+
+def epoch_length(recipe: Recipe, dataset: Any) -> int:
+    """Return the optimizer steps of an epoch: `epoch_steps`, or one pass over the data."""
+    if recipe.epoch_steps:
+        return recipe.epoch_steps
+    if not hasattr(dataset, "__len__"):
+        raise UserError(f"epoch_steps: {recipe.data.name} is a stream without a length; set the steps of an epoch")
+    return max(1, len(dataset) // recipe.data.batch_size)
+
+
+def merge_losses(providers: list[str], found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the dicts of all contributors; a name that two of them use is a PluginError."""
+    merged: dict[str, Tensor] = {}
+    for losses in found:
+        for name, value in losses.items():
+            if name in merged:
+                raise PluginError(f"hook reconstruction_loss: two of {', '.join(providers)} return a loss called {name!r}")
+            merged[name] = value
+    if not merged:
+        raise PluginError(f"hook reconstruction_loss, served by {', '.join(providers)}, returned no loss")
+    return merged
+
+
+def init_from(tokenizer: Tokenizer, folder: str) -> list[str]:
+    """Start from another run's weights: every tensor of the same name and shape is taken; return the names of the rest."""
+    source = Tokenizer.from_pretrained(folder).state_dict()
+    own = tokenizer.state_dict()
+    fitting = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise UserError(f"init_from: {folder}: no tensor has the name and shape of one of this recipe's")
+    tokenizer.load_state_dict(fitting, strict=False)
+    return [name for name in own if name not in fitting]
+
+
+def metric_card(recipe: Recipe, dataset: Any, bad: list[str], accelerator: Accelerator) -> dict[str, Any]:
+    """Say how a run's numbers were made, so that they can be compared or refused."""
+    device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
+    return {
+        **PROTOCOL,
+        "weights": f"moving average, decay {recipe.ema}" if recipe.ema else "as trained",
+        "data": {"name": recipe.data.name, "split": recipe.data.val, "fingerprint": fingerprint(dataset)},
+        "resolution": list(recipe.data.resolution),
+        "files_left_out": bad,
+        "seed": recipe.seed,
+        "hardware": {"device": device, "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
+                     "cores": os.cpu_count()},
+        "versions": versions(list(recipe.plugins)),
+    }
+
+
+def _refuse_unsynced(encoder: nn.Module) -> None:
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
+        raise UserError("encoder.batch_norm: 'train' would give each process statistics of its own; use 'sync' on GPUs or "
+                        "'frozen'")
+
+
+def _check_loss(total: Tensor, losses: dict[str, Tensor]) -> None:
+    if not isinstance(total, Tensor) or total.dim():
+        shapes = {name: list(getattr(value, "shape", [])) for name, value in losses.items()}
+        raise PluginError(f"losses must be 0-dim tensors, got shapes {shapes}")
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Join [b, N, ...] of all micro-batches and processes, in sample order, into [M, ...]."""
+    return torch.cat([gather_rows(part.detach().flatten(0, 1)) for part in parts])
+
+
+def _mix(*numbers: int) -> int:
+    """Make one 63-bit seed of several numbers, the same on every machine."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _flat(moments: Moments) -> dict[str, Tensor]:
+    return {f"{name}/{key}": value for name, state in moments.items() for key, value in state.items()}
+
+
+def _nested(flat: dict[str, Tensor]) -> Moments:
+    moments: Moments = {}
+    for full, value in flat.items():
+        name, _, key = full.rpartition("/")
+        moments.setdefault(name, {})[key] = value
+    return moments
