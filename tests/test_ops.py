@@ -27,9 +27,7 @@ def normal(*shape, seed=0):
 
 
 def distances64(latents, vectors):
-    return torch.cdist(
-        latents.double(), vectors.double(), compute_mode="donot_use_mm_for_euclid_dist"
-    ).square()
+    return torch.cdist(latents.double(), vectors.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def relative_error(value, reference):
@@ -43,24 +41,25 @@ def clouds(kind, count, size, width):
     if kind == "initial":  # a fresh codebook, tiny beside the latents
         vectors = (torch.rand(size, width, generator=torch.Generator().manual_seed(1)) * 2 - 1) / size
     if kind == "offset":
-        latents, vectors = latents + 40, vectors + 40
+        latents, vectors = latents + 1000, vectors + 1000
     if kind == "sphere":
         latents, vectors = torch.nn.functional.normalize(latents), torch.nn.functional.normalize(vectors)
     return latents, vectors
 
 
 @pytest.mark.parametrize("kind", ["gauss", "initial", "offset", "sphere"])
-@pytest.mark.parametrize(("count", "size", "width"), [(257, 1031, 8), (64, 500, 65), (3, 7, 1)])
+@pytest.mark.parametrize(("count", "size", "width"), [(1025, 4099, 8), (64, 500, 65), (3, 7, 1)])
 def test_nearest_codes_have_the_float64_distance(kind, count, size, width):
     latents, vectors = clouds(kind, count, size, width)
     indices, distances = nearest_codes(latents, vectors)
-    exact = distances64(latents, vectors)
-    best = exact.min(1).values
     assert indices.dtype == torch.int64 and distances.dtype == torch.float32
+    exact = distances64(latents, vectors)
     chosen = exact.gather(1, indices[:, None])[:, 0]
-    torch.testing.assert_close(chosen, best, rtol=1e-6, atol=1e-10)
-    # Scores that include |z|² choose worse codes than this on a fresh codebook.
     torch.testing.assert_close(distances.double(), chosen, rtol=1e-6, atol=1e-10)
+    # Only the rounding of z·c about the mean is forgiven, so |z|² in the score or a common offset would fail.
+    reach = (vectors - vectors.mean(0)).norm(dim=1).max()
+    forgiven = 5e-7 * reach * ((latents - vectors.mean(0)).norm(dim=1) + reach)
+    assert (chosen - exact.min(1).values <= forgiven).all()
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 9])
@@ -79,6 +78,7 @@ def test_nearest_codes_take_the_first_of_equal_codes(monkeypatch, tile, width):
     for size in (5, 17, 40):  # at some of these sizes a matrix product rounds equal columns differently
         origin = torch.randint(0, 4, (size,), generator=torch.Generator().manual_seed(size))
         vectors = normal(4, width).sign()[origin] * torch.tensor([1.0, 1.5, 2.0, 0.0])[origin, None]
+        vectors[origin == 3] *= normal(size, width).sign()[origin == 3]
         first = (vectors[:, None] == vectors).all(2).long().argmax(1)  # 0.0 and -0.0 are equal
         indices, _ = nearest_codes(normal(33, width, seed=2), vectors)
         assert torch.equal(indices, first[indices])
@@ -149,36 +149,52 @@ def dense(latents, vectors, indices, temperature, dtype):
     return loss.detach(), gradient
 
 
-def assert_as_exact_as_dense(latents, vectors, indices, temperature):
+def errors(latents, vectors, indices, temperature):
+    """Return the relative errors of loss and gradient, ours and those of the dense float32 formula: [2, 2]."""
     vectors = vectors.detach().requires_grad_()
     loss = nonstationary_loss(latents, vectors, indices, temperature)
     loss.backward()
+    assert loss.isfinite() and vectors.grad.isfinite().all()
     exact = dense(latents, vectors, indices, temperature, torch.float64)
     naive = dense(latents, vectors, indices, temperature, torch.float32)
-    for value, reference, rival in zip((loss, vectors.grad), exact, naive, strict=True):
-        assert value.isfinite().all()
-        assert relative_error(value, reference) <= relative_error(rival, reference) + 1e-6
+    return torch.tensor([list(map(relative_error, values, exact)) for values in ((loss, vectors.grad), naive)])
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.35, 1.0, 1e3])
 @pytest.mark.parametrize("chosen", ["nearest", "random"])
+@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("shape", [(37, 53, 5), (64, 129, 16), (9, 2, 1)])
-def test_loss_and_gradient_are_as_exact_as_the_dense_formula(shape, chosen, temperature):
+def test_loss_and_gradient_are_as_exact_as_the_dense_formula(shape, offset, chosen, temperature):
     count, size, width = shape
-    latents, vectors = normal(count, width) * width**-0.5 + 1, normal(size, width, seed=1) * width**-0.5 + 1
-    vectors[size // 2 :] = vectors[: size - size // 2] + 1e-3 * normal(size - size // 2, width, seed=3)  # close rivals
-    indices = nearest_codes(latents, vectors)[0]
-    if chosen == "random":
-        indices = torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(2))
-    assert_as_exact_as_dense(latents, vectors, indices, temperature)
+    squares = torch.zeros(2, 2)
+    for seed in range(0, 24, 4):  # one draw's rounding is luck
+        latents = normal(count, width, seed=seed) * width**-0.5 + offset
+        vectors = normal(size, width, seed=seed + 1) * width**-0.5 + offset
+        rivals = size - size // 2
+        vectors[size // 2 :] = vectors[:rivals] + 1e-3 * normal(rivals, width, seed=seed + 2)
+        indices = nearest_codes(latents, vectors)[0]
+        if chosen == "random":
+            indices = torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(seed + 3))
+        squares += errors(latents, vectors, indices, temperature).square() / 6
+    ours, naive = squares.sqrt()
+    assert (ours <= naive * (1 if offset else 2) + 1e-6).all()
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.35, 1e3])
 def test_loss_with_equal_codes_and_latents_on_codes(temperature):
-    vectors = normal(8, 4, seed=1).repeat(3, 1)
-    latents = torch.cat([vectors[:8], normal(20, 4)])
-    indices = torch.cat([torch.arange(8), nearest_codes(normal(20, 4), vectors)[0]])
-    assert_as_exact_as_dense(latents, vectors, indices, temperature)
+    vectors = normal(8, 4, seed=1).repeat(3, 1) + 2
+    latents = torch.cat([vectors[:8], normal(20, 4) + 2])
+    ours, naive = errors(latents, vectors, nearest_codes(latents, vectors)[0], temperature)
+    assert (ours <= naive + 1e-6).all()
+
+
+def test_loss_far_below_rounding_of_the_winner_is_kept():
+    latents, vectors = torch.zeros(1, 1), torch.tensor([[0.0], [1.0]], requires_grad=True)
+    loss = nonstationary_loss(latents, vectors, torch.tensor([0]), 1 / 60)
+    loss.backward()
+    torch.testing.assert_close(loss.item(), math.exp(-60), rtol=1e-5, atol=0)
+    torch.testing.assert_close(vectors.grad[:, 0].tolist(), [0.0, 2 * math.exp(-60)], rtol=1e-5, atol=0)
+    assert nonstationary_loss(latents, vectors, torch.tensor([0]), 1e-3) == 0
 
 
 @pytest.mark.parametrize("budget", [1, 29, 4 * 29 - 1, 4 * 29, 10**6])
@@ -189,7 +205,7 @@ def test_loss_is_the_same_in_any_chunks(monkeypatch, budget):
     loss = nonstationary_loss(latents, vectors, indices, 2.0)
     loss.backward()
     exact, gradient = dense(latents, vectors, indices, 2.0, torch.float64)
-    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0, check_dtype=False)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
     torch.testing.assert_close(vectors.grad.double(), gradient, rtol=1e-4, atol=1e-8)
 
 
@@ -328,25 +344,7 @@ def work(rank, port):
     rows = gather_rows(torch.tensor([[rank, 1], [rank, 2]]).t())
     assert rows.tolist() == [[0, 0], [1, 2], [1, 1], [1, 2]]
     assert gather_rows(tensor).shape == (4, 3)
-    check_loss_in_ddp(rank)
     torch.distributed.destroy_process_group()
-
-
-class Loss(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.vectors = torch.nn.Parameter(normal(9, 3, seed=1))
-
-    def forward(self, latents):
-        return nonstationary_loss(latents, self.vectors, nearest_codes(latents, self.vectors)[0], 0.35)
-
-
-def check_loss_in_ddp(rank):
-    latents, alone = normal(8, 3), Loss()
-    alone(latents).backward()
-    together = torch.nn.parallel.DistributedDataParallel(Loss())
-    together(latents[rank::2]).backward()
-    torch.testing.assert_close(together.module.vectors.grad, alone.vectors.grad)
 
 
 def test_collectives_over_two_processes():

@@ -1,7 +1,6 @@
 """The command line: run, check, eval, encode, decode, plugins."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -106,9 +105,11 @@ def _eval(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from vqzoo.data import DataConfig, Folder, ImageDataset, eval_batches, fingerprint
-    from vqzoo.metrics import PROTOCOL, evaluate, table
+    from vqzoo.metrics import PROTOCOL, evaluate, table, to_json
     from vqzoo.tokenizer import Tokenizer
 
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size: {options.batch_size} is less than 1")
     tokenizer = Tokenizer.from_pretrained(options.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolution = list(tokenizer.config.resolution)
@@ -125,7 +126,7 @@ def _eval(options: argparse.Namespace) -> None:
     if options.json:
         card = {**PROTOCOL, "resolution": resolution, "files_left_out": bad, "tokenizer": str(options.tokenizer),
                 "data": {"root": str(folder), "fingerprint": fingerprint(dataset)}}
-        _write(Path(options.json), json.dumps({"metrics": metrics, "card": card}, indent=2) + "\n")
+        _write(Path(options.json), to_json({"metrics": metrics, "card": card}))
 
 
 def _encode(options: argparse.Namespace) -> None:
@@ -166,17 +167,12 @@ def _whole(path: str, stride: int) -> tuple[int, int]:
 
 
 def _decode(options: argparse.Namespace) -> None:
-    from safetensors.torch import load_file
-
     from vqzoo.metrics import to_bytes
     from vqzoo.monitor import save_picture
     from vqzoo.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(options.tokenizer)
-    try:
-        tokens = load_file(options.tokens)
-    except Exception as error:
-        raise UserError(f"{options.tokens}: not a file of tokens that `vqzoo encode` wrote ({error})") from error
+    tokens = _read_tokens(options.tokens, tokenizer.codebook.size)
     out = Path(options.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -192,12 +188,32 @@ def _decode(options: argparse.Namespace) -> None:
         print(path)
 
 
+def _read_tokens(path: str, size: int) -> dict[str, Any]:
+    """Read what `vqzoo encode` wrote for a codebook of this size; each name must do as a file's name."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            made_for = (file.metadata() or {}).get("codebook_size", str(size))
+            tokens = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:
+        raise UserError(f"{path}: not a file of tokens that `vqzoo encode` wrote ({error})") from error
+    if made_for != str(size):
+        raise UserError(f"{path}: made by a tokenizer of {made_for} codes, and this one has {size}")
+    for name in tokens:
+        if Path(name).name != name:
+            raise UserError(f"{path}: {name!r} cannot be the name of a picture")
+    return tokens
+
+
 def _plugins(options: argparse.Namespace) -> None:
     from vqzoo.manager import available
 
     found = [_describe(source) for source in available().values()]
     if options.json:
-        print(json.dumps(found, indent=2))
+        from vqzoo.metrics import to_json
+
+        print(to_json(found), end="")
         return
     for plugin in found:
         print(f"{plugin['name']}  ({plugin['distribution']} {plugin['version']})\n  {plugin['summary']}")

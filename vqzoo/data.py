@@ -1,11 +1,13 @@
 """Images: where they come from, in which order they are seen, and what becomes of files that do not decode."""
 
+import atexit
 import functools
 import hashlib
 import importlib.resources
 import importlib.util
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
@@ -50,7 +52,7 @@ class DataConfig:
     train: str = "train"  # sub-folder or split; "." is the root itself
     val: str = "val"
     resolution: list[int] = field(default_factory=lambda: [128, 128])  # [height, width]
-    resize: int | None = None  # shorter side before the training crop; by default what just covers the resolution
+    resize: int | None = None  # shorter side before the training crop; null: what just covers it, own scale for photos
     flip: bool = False
     batch_size: int = 32  # per optimizer step, over all processes and micro-batches
     eval_batch_size: int = 32
@@ -536,9 +538,10 @@ def train_batches(
         )
     slices = _slices(config.batch_size, start, process, processes, accumulate)
     if isinstance(dataset, StreamDataset):
-        return _stream_batches(config, replace(dataset, seed=seed), slices, config.batch_size // parts)
+        return _closed_at_exit(_stream_batches(config, replace(dataset, seed=seed), slices, config.batch_size // parts))
     keys = _train_keys(slices, len(dataset), config.batch_size, seed)
-    return _batches(_loader(dataset, config.workers, batch_sampler=keys, collate_fn=dataset.collate), dataset, True)
+    loader = _loader(dataset, config.workers, batch_sampler=keys, collate_fn=dataset.collate)
+    return _closed_at_exit(_batches(loader, dataset, True))
 
 
 def eval_batches(
@@ -559,7 +562,7 @@ def eval_batches(
     keys = [Key(index, index) for index in (i * len(dataset) // length for i in range(length))]
     shares = [keys[first : first + size] for first in range(0, length, size)][process::processes]
     loader = _loader(dataset, min(config.workers, len(shares)), batch_sampler=shares, collate_fn=dataset.collate)
-    return _batches(loader, dataset, False)
+    return _closed_at_exit(_batches(loader, dataset, False))
 
 
 def _slices(batch_size: int, start: int, process: int, processes: int, accumulate: int) -> Iterator[range]:
@@ -588,8 +591,11 @@ def _batches(loader: DataLoader, dataset: ImageDataset, training: bool) -> Itera
         for images, positions, failures in loader:
             new = dataset.remember(failures)
             yield Batch(images, positions, new if training else list(failures))
-    except (OSError, EOFError) as error:  # torch names a dead worker, unless it died while handing over a batch
-        raise RuntimeError("a worker that reads images died; was there too little memory for data.workers?") from error
+        return
+    except (OSError, EOFError):  # torch names a dead worker, unless it died while handing over a batch
+        pass
+    # Raised out here, where nothing holds the loader any more: its signal handler would raise again at any time.
+    raise RuntimeError("a worker that reads images died; was there too little memory for data.workers?")
 
 
 def _stream_batches(
@@ -616,7 +622,19 @@ def _loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
     )
 
 
+def _closed_at_exit(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Close forgotten batches before Python terminates workers, which ignore that, and waits for them."""
+
+    def close() -> None:
+        if (left := reference()) is not None:
+            left.close()
+
+    reference = weakref.ref(batches, lambda _: atexit.unregister(close))
+    atexit.register(close)
+    return batches
+
+
 def _outlive_signals(worker: int) -> None:
-    """Ignore a signal to the whole process group, so that the run can finish its step; the run itself ends workers."""
+    """Ignore a signal to the whole process group, so that the run can finish its step and save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

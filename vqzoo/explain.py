@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqzoo.data import make_dataset
+from vqzoo.data import make_dataset, train_batches
 from vqzoo.manager import all_hooks, make_manager
 from vqzoo.plugin import Progress
 from vqzoo.recipe import Recipe
 from vqzoo.tokenizer import Tokenizer
-from vqzoo.trainer import build, enter, epoch_length
+from vqzoo.trainer import build, enter, epoch_length, init_from, make_accelerator, make_discriminator
 
 
 @dataclass
@@ -29,6 +29,11 @@ def explain(recipe: Recipe) -> str:
     train, val = make_dataset(recipe.data, "train"), make_dataset(recipe.data, "val")
     steps = epoch_length(recipe, train)
     tokenizer = build(recipe)
+    make_accelerator(recipe)
+    make_discriminator(tokenizer, recipe)
+    train_batches(recipe.data, train, recipe.seed, accumulate=recipe.accumulate).close()
+    if recipe.init_from:
+        init_from(tokenizer, recipe.init_from)
     memory = predict_memory(tokenizer, recipe)
     codebook = tokenizer.codebook
     height, width = recipe.data.resolution
@@ -40,8 +45,8 @@ def explain(recipe: Recipe) -> str:
         f"parameters  encoder {_parameters(tokenizer.encoder)}, decoder {_parameters(tokenizer.decoder)}, "
         f"codebook {_parameters(codebook)}",
         f"schedule    {recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images",
-        f"memory      {_gib(memory.states)} weights, gradients, moments and average + {_gib(memory.activations)} activations per "
-        f"process, without losses' and discriminators' own",
+        f"memory      {_gib(memory.states)} weights, gradients, moments and average + {_gib(memory.activations)} activations "
+        "per process, without losses' and discriminators' own",
     ]
     return "\n".join(lines + [line for number in range(len(recipe.stages)) for line in _stage(tokenizer, recipe, number)])
 

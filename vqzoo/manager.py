@@ -58,7 +58,7 @@ def available() -> dict[str, Source]:
     for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
         for source in _sources(entry):
             other = sources.setdefault(source.name, source)
-            if other.module != source.module:
+            if (other.module, other.attribute) != (source.module, source.attribute):
                 raise UserError(
                     f"two installed plugins are called {source.name!r}: {other.module} of {other.distribution} and "
                     f"{source.module} of {source.distribution}; uninstall one"
@@ -72,7 +72,7 @@ def _sources(entry: EntryPoint) -> list[Source]:
         return [Source(entry.name, entry.module, entry.attr, *where)]
     try:
         spec = importlib.util.find_spec(entry.module)
-    except ImportError:
+    except Exception:  # whatever is wrong with one plugin is said when it is used
         spec = None
     if spec is None or spec.submodule_search_locations is None:
         return [Source(entry.name, entry.module, "", *where)]
@@ -114,8 +114,9 @@ def all_hooks(manager: pluggy.PluginManager) -> list[pluggy.HookCaller]:
 class Hooks:
     """The hooks of one stage, each bound to who serves it there.
 
-    `routing` maps a hook's name to the plugins that may serve it, wrappers included. Raises UserError, with the recipe's key, for
-    an unknown hook or plugin, two rivals, and a required hook that nobody serves; `required` may narrow the required ones.
+    `routing` maps a hook's name to the plugins that may serve it, wrappers included. Raises UserError, with the recipe's
+    key, for an unknown hook or plugin, two rivals, and a required hook that nobody serves; `required` may narrow the
+    required ones.
     """
 
     def __init__(
@@ -202,8 +203,15 @@ class _Router:
         here = [name for name, impl in self.impls.items() if not impl.wrapper]
         if here:
             return f"of this recipe's plugins these offer it: {', '.join(here)}"
-        offers = [name for name in available() if offered_hooks(find(name).load()).get(self.hook.name) == "provides"]
+        offers = [name for name, source in available().items() if _can_serve(source, self.hook.name)]
         return f"add one of these plugins, which offer it: {', '.join(offers) or 'none is installed'}"
+
+
+def _can_serve(source: Source, hook: str) -> bool:
+    try:
+        return offered_hooks(source.load()).get(hook) in ("provides", "yields")
+    except UserError:  # a plugin that cannot be imported must not hide the message about another
+        return False
 
 
 def offered_hooks(plugin: type[Plugin]) -> dict[str, str]:

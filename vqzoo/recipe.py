@@ -1,5 +1,6 @@
 """Recipes: what a run is, as YAML checked against dataclasses before anything else happens."""
 
+import math
 import platform
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -23,7 +25,7 @@ class EncoderConfig:
 
     name: str = "vqgan_encoder"
     stride: int = 8
-    pretrained: Any = False
+    pretrained: bool | str = False
     batch_norm: str = "train"
     args: dict[str, Any] = field(default_factory=dict)
 
@@ -46,7 +48,7 @@ class OptimConfig:
 
     name: str = "adam"
     lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     clip: float | None = None
     schedule: str = "constant"
@@ -136,22 +138,44 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     raw = _read(path)
     for override in overrides or []:
         _override(raw, override)
+    try:
+        recipe = _checked(raw, path)
+    except OmegaConfBaseException as error:
+        raise _refusal(error, path) from error
+    _check_values(recipe, path)
+    return recipe
+
+
+def _checked(raw: DictConfig, path: Path) -> Recipe:
+    """Return the recipe of raw YAML, every key and type checked, those of plugins included."""
     schema = OmegaConf.structured(Recipe)
-    if not isinstance(raw.get("plugins") or {}, DictConfig | dict):
+    if OmegaConf.is_interpolation(raw, "plugins") or not isinstance(raw.get("plugins") or {}, DictConfig | dict):
         raise UserError(f"{path}: plugins: must map each plugin's name to its fields, as in `vq: {{}}`")
     raw.plugins = raw.get("plugins") or {}
     for plugin in list(raw.plugins):
         raw.plugins[plugin] = {} if raw.plugins[plugin] is None else raw.plugins[plugin]
-        schema.plugins[plugin] = OmegaConf.structured(find(str(plugin)).load().Config)
+        try:
+            schema.plugins[plugin] = OmegaConf.structured(find(str(plugin)).load().Config)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     _check_keys(raw, schema, "", path)
-    try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(schema, raw))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {error.full_key or ''}: {str(error).splitlines()[0]}") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: plugins: {error}") from error
-    _check_values(recipe, path)
-    return recipe
+    merged = OmegaConf.merge(schema, raw)
+    for plugin, config in merged.plugins.items():
+        try:
+            OmegaConf.to_object(config)
+        except OmegaConfBaseException:
+            raise
+        except (ValueError, TypeError) as error:  # the plugin's own __post_init__
+            text = str(error) if str(error).startswith(f"{plugin}.") else f"{plugin}: {error}"
+            raise UserError(f"{path}: plugins.{text}") from error
+    if merged.precision == "False":
+        merged.precision = "no"  # YAML reads a bare no as a boolean
+    return OmegaConf.to_object(merged)
+
+
+def _refusal(error: OmegaConfBaseException, path: Path, where: str = "") -> UserError:
+    key = ".".join(part for part in (where, error.full_key) if part)
+    return UserError(f"{path}: {key}{': ' if key else ''}{str(error).splitlines()[0]}")
 
 
 def _read(path: Path) -> DictConfig:
@@ -159,6 +183,8 @@ def _read(path: Path) -> DictConfig:
         raw = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read as plain YAML: {error}") from error
+    except OmegaConfBaseException as error:
+        raise _refusal(error, path) from error
     if not isinstance(raw, DictConfig):
         raise UserError(f"{path}: a recipe is a mapping of keys, not {type(raw).__name__}")
     return raw
@@ -170,25 +196,42 @@ def _override(raw: DictConfig, override: str) -> None:
         raise UserError(f"{override!r} is not an override; write key=value, as in optim.lr=1e-4 or stages[0].epochs=3")
     try:
         raw.merge_with_dotlist([override])
-    except (OmegaConfBaseException, YAMLError, IndexError, TypeError, AssertionError) as error:
+    except (OmegaConfBaseException, YAMLError, IndexError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from error
 
 
 def _check_keys(raw: Any, schema: Any, where: str, path: Path) -> None:
-    """Refuse keys that the dataclasses do not have, with the full key and the nearest one."""
+    """Refuse keys that the dataclasses do not have, with the full key and the nearest one, and what is no list or mapping."""
+    if _shape(schema) != _shape(raw) and _shape(schema):
+        raise UserError(f"{path}: {where}: {plain(raw)!r} where {_shape(schema)} is expected")
     if isinstance(raw, ListConfig) and where == "stages":
-        for number, item in enumerate(raw):
-            _check_keys(item, OmegaConf.structured(StageConfig), f"stages[{number}]", path)
-    kind = OmegaConf.get_type(schema) if isinstance(schema, DictConfig) else None
-    if not isinstance(raw, DictConfig) or not isinstance(schema, DictConfig):
+        for number in range(len(raw)):
+            _check_stage(raw, number, path)
+    if not isinstance(schema, DictConfig):
         return
     for key in raw:
         full = f"{where}.{key}" if where else str(key)
         if key in schema:
             if not OmegaConf.is_missing(raw, key) and not OmegaConf.is_interpolation(raw, key):
                 _check_keys(raw[key], schema[key], full, path)
-        elif is_dataclass(kind):
+        elif is_dataclass(OmegaConf.get_type(schema)):
             raise UserError(f"{path}: {full}: unknown key; {suggestion(str(key), [str(k) for k in schema])}")
+
+
+def _check_stage(stages: ListConfig, number: int, path: Path) -> None:
+    """Check one stage by itself, since OmegaConf's own message does not say which it was."""
+    where, schema = f"stages[{number}]", OmegaConf.structured(StageConfig)
+    _check_keys(stages[number], schema, where, path)
+    try:
+        OmegaConf.merge(schema, stages[number])
+    except OmegaConfBaseException as error:
+        raise _refusal(error, path, where) from error
+
+
+def _shape(value: Any) -> str | None:
+    if isinstance(value, BaseContainer):
+        return "a mapping" if isinstance(value, DictConfig) else "a list"
+    return None
 
 
 def _check_values(recipe: Recipe, path: Path) -> None:
@@ -196,12 +239,15 @@ def _check_values(recipe: Recipe, path: Path) -> None:
         raise UserError(f"{path}: {key}: {value!r} will not do; {rule}")
 
     for key in ("epochs", "accumulate", "codebook.size", "codebook.width", "encoder.stride", "data.batch_size",
-                "data.eval_batch_size", "log.steps", "log.evaluate_epochs", "checkpoint.epochs", "checkpoint.keep"):
+                "data.eval_batch_size", "log.steps", "log.evaluate_epochs", "log.images", "log.drift_images",
+                "checkpoint.epochs", "checkpoint.keep"):
         value = recipe
         for part in key.split("."):
             value = getattr(value, part)
         if value < 1:
             refuse(key, value, "it must be at least 1")
+    if not 0 <= recipe.seed < 2**63:
+        refuse("seed", recipe.seed, "it must be in [0, 2**63)")
     if recipe.epoch_steps is not None and recipe.epoch_steps < 1:
         refuse("epoch_steps", recipe.epoch_steps, "it must be at least 1, or null for one pass over the data")
     if not 0 <= recipe.ema < 1:
@@ -209,13 +255,28 @@ def _check_values(recipe: Recipe, path: Path) -> None:
     if recipe.precision not in ("no", "bf16", "fp16"):
         refuse("precision", recipe.precision, suggestion(recipe.precision, ("no", "bf16", "fp16")))
     for key, optim in (("optim", recipe.optim), ("discriminator_optim", recipe.discriminator_optim)):
-        if optim.name not in ("adam", "adamw"):
-            refuse(f"{key}.name", optim.name, suggestion(optim.name, ("adam", "adamw")))
-        if optim.schedule not in ("constant", "cosine", "linear"):
-            refuse(f"{key}.schedule", optim.schedule, suggestion(optim.schedule, ("constant", "cosine", "linear")))
-        if not optim.lr > 0:
-            refuse(f"{key}.lr", optim.lr, "it must be positive")
+        _check_optim(optim, key, refuse)
     _check_stages(recipe, refuse)
+
+
+def _check_optim(optim: OptimConfig, key: str, refuse: Any) -> None:
+    if optim.name not in ("adam", "adamw"):
+        refuse(f"{key}.name", optim.name, suggestion(optim.name, ("adam", "adamw")))
+    if optim.schedule not in ("constant", "cosine", "linear"):
+        refuse(f"{key}.schedule", optim.schedule, suggestion(optim.schedule, ("constant", "cosine", "linear")))
+    if not 0 < optim.lr < math.inf:
+        refuse(f"{key}.lr", optim.lr, "it must be positive")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        refuse(f"{key}.betas", optim.betas, "it must be two numbers in [0, 1)")
+    if not 0 <= optim.weight_decay < math.inf:
+        refuse(f"{key}.weight_decay", optim.weight_decay, "it must not be negative")
+    if optim.clip is not None and not optim.clip > 0:
+        refuse(f"{key}.clip", optim.clip, "it must be positive, or null for no clipping")
+    if optim.warmup_steps < 0:
+        refuse(f"{key}.warmup_steps", optim.warmup_steps, "it must not be negative")
+    for pattern, scale in optim.scale.items():
+        if not isinstance(scale, float) or not 0 <= scale < math.inf:
+            refuse(f"{key}.scale", {pattern: scale}, "it must map patterns to factors that are not negative")
 
 
 def _check_stages(recipe: Recipe, refuse: Any) -> None:

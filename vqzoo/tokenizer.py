@@ -57,9 +57,7 @@ class Tokenizer(nn.Module):
         self.plugins = nn.ModuleDict({name: make_plugin(name, c) for name, c in config.plugins.items()})
         self._wire(dict(config.hooks), "hooks", tuple(required))
         self.codebook = self._make_codebook(config.codebook)
-        if not self.codebook.replaceable and self.hooks.providers("refresh_codes"):
-            raise UserError(f"hooks.refresh_codes: {', '.join(self.hooks.providers('refresh_codes'))} would overwrite codes, "
-                            f"but {type(self.codebook).__name__} is implicit; route it away with refresh_codes: []")
+        self._check_replaceable("hooks")
         encoder = config.encoder
         self.encoder = Encoder(
             encoder.name, self.codebook.latent_width, encoder.stride, tuple(config.resolution),
@@ -91,6 +89,7 @@ class Tokenizer(nn.Module):
     def wire(self, hooks: Mapping[str, list[str]], where: str, required: Iterable[str], freeze: Iterable[str] = ()) -> None:
         """Bind the hooks of a stage, and freeze what its patterns name; everything else that can be trained is trained."""
         self._wire(dict(hooks), where, tuple(required))
+        self._check_replaceable(where)
         freeze = list(freeze)
         names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
         for pattern in freeze:
@@ -113,6 +112,12 @@ class Tokenizer(nn.Module):
     def _wire(self, hooks: dict[str, list[str]], where: str, required: tuple[str, ...]) -> None:
         self._wiring = (hooks, where, required)
         self.hooks = Hooks(make_manager(self.plugins), hooks, where, required)
+
+    def _check_replaceable(self, where: str) -> None:
+        writers = self.hooks.providers("refresh_codes")
+        if writers and not self.codebook.replaceable:
+            raise UserError(f"{where}.refresh_codes: {', '.join(writers)} would overwrite codes, but "
+                            f"{type(self.codebook).__name__} is implicit; route it away with refresh_codes: []")
 
     def _parts(self) -> Iterable[tuple[str, nn.Module]]:
         for name, child in self.named_children():
@@ -182,7 +187,9 @@ class Tokenizer(nn.Module):
             problem = f"codes {list(found.codes.shape)} where {list(wanted)} is expected"
         elif found.codes.dtype != torch.float32:
             problem = f"codes of {found.codes.dtype} where torch.float32 is expected"
-        elif found.indices is not None and found.indices.shape[:2] != latents.shape[:2]:
+        elif found.indices is not None and (
+            found.indices.dim() not in (2, 3) or found.indices.shape[:2] != latents.shape[:2]
+        ):
             problem = f"indices {list(found.indices.shape)} where {list(latents.shape[:2])} or one dimension more is expected"
         elif found.indices is not None and found.indices.dtype != torch.int64:
             problem = f"indices of {found.indices.dtype} where torch.int64 is expected"
@@ -206,13 +213,16 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] of indices [B, h, w] or [B, h, w, Q]; not clamped, as from `forward`."""
-        if indices.dim() not in (3, 4):
-            raise ValueError(f"indices must be [B, h, w] or [B, h, w, Q], not {list(indices.shape)}")
+        if indices.dim() not in (3, 4) or indices.is_floating_point():
+            raise ValueError(f"indices must be integers [B, h, w] or [B, h, w, Q], not {indices.dtype} {list(indices.shape)}")
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook.size:
             raise ValueError(f"indices must be in [0, {self.codebook.size}), not {int(indices.min())} … {int(indices.max())}")
         grid = (indices.shape[1], indices.shape[2])
         with _evaluating(self):
-            return self.decoder(_to_map(self.codebook.lookup(indices.long().flatten(1, 2)), grid)).float()
+            codes = self.codebook.lookup(indices.long().flatten(1, 2))
+            if codes.shape[2:] != (self.codebook.width,):
+                raise ValueError(f"indices {list(indices.shape)} have another number of codes per token than this tokenizer's")
+            return self.decoder(_to_map(codes, grid)).float()
 
     # ---- the exported form
 
@@ -268,7 +278,7 @@ def _read_config(path: Path) -> TokenizerConfig:
         content = json.loads(path.read_text())
         content.pop("versions", None)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), content))
-    except (ValueError, AttributeError, OmegaConfBaseException) as error:
+    except (ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a tokenizer's configuration: {str(error).splitlines()[0]}") from error
 
 

@@ -1,7 +1,6 @@
 """The trainer: one loop, in order. It asks hooks wherever a method could differ, and decides nothing about codebooks."""
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -22,7 +21,7 @@ from vqzoo import checkpoint
 from vqzoo.data import Batch, eval_batches, fingerprint, make_dataset, to_images, train_batches
 from vqzoo.errors import NonFiniteError, PluginError, UserError
 from vqzoo.hookspecs import REQUIRED
-from vqzoo.metrics import PROTOCOL, evaluate
+from vqzoo.metrics import PROTOCOL, evaluate, to_json
 from vqzoo.monitor import Drift, Monitor, memory, panel, save_picture
 from vqzoo.ops import all_reduce_sum, code_usage, gather_rows, perplexity, usage
 from vqzoo.plugin import Progress
@@ -60,6 +59,19 @@ def enter(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
     tokenizer.wire(stage_hooks(recipe, stage), where, REQUIRED, stage.freeze)
     if tokenizer.hooks.providers("discriminator_loss") and not tokenizer.hooks.providers("make_discriminator"):
         raise UserError(f"{where}.discriminator_loss: there is no discriminator; nobody serves make_discriminator")
+    if not any(parameter.requires_grad for parameter in tokenizer.parameters()):
+        raise UserError(f"stages[{number}].freeze: nothing is left to train")
+
+
+def make_discriminator(tokenizer: Tokenizer, recipe: Recipe) -> nn.Module | None:
+    """Make the discriminator of the stage that is wired, if anybody serves one."""
+    hooks = tokenizer.hooks
+    if not hooks.providers("make_discriminator"):
+        return None
+    discriminator = hooks.answer("make_discriminator", hooks.make_discriminator(), nn.Module)
+    names = [name for name, _ in discriminator.named_parameters()]
+    check_scale(recipe.discriminator_optim, names, "discriminator_optim.scale")
+    return discriminator
 
 
 def _check_watched(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
@@ -112,22 +124,15 @@ class Trainer:
         if recipe.init_from:
             init_from(tokenizer, recipe.init_from)
         self.tokenizer = tokenizer.to(self.device)
-        self.discriminator = self._make_discriminator()
+        self.discriminator = make_discriminator(tokenizer, recipe)
+        if self.discriminator is not None:
+            self.discriminator.to(self.device)
         self.ema = deepcopy(self.tokenizer).eval().requires_grad_(False) if recipe.ema else self.tokenizer
         saved = self._find_checkpoint(resume)
         if saved:
             self._restore(saved)
         self.train_batches = self._training_stream()
         self._claim_folder()
-
-    def _make_discriminator(self) -> nn.Module | None:
-        hooks = self.tokenizer.hooks
-        if not hooks.providers("make_discriminator"):
-            return None
-        discriminator = hooks.answer("make_discriminator", hooks.make_discriminator(), nn.Module)
-        names = [name for name, _ in discriminator.named_parameters()]
-        check_scale(self.recipe.discriminator_optim, names, "discriminator_optim.scale")
-        return discriminator.to(self.device)
 
     def _find_checkpoint(self, resume: bool) -> Path | None:
         """Return the checkpoint to continue from; a UserError if the folder's run is not to be, or cannot be, continued."""
@@ -224,8 +229,6 @@ class Trainer:
 
     def _make_optimizers(self) -> None:
         recipe, prepare = self.recipe, self.accelerator.prepare
-        if not any(p.requires_grad for p in self.tokenizer.parameters()):
-            raise UserError(f"stages[{self.counters.stage}].freeze: nothing is left to train")
         self.optimizer = make_optimizer(self.tokenizer, recipe.optim, self.moments)
         self.model, self.optimizer = prepare(self.tokenizer, self.optimizer)
         self.model.train()
@@ -316,7 +319,7 @@ class Trainer:
                 losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
             output.reconstructions, output.losses = output.reconstructions.detach(), {}
             outputs.append(output)
-        self._check_every_parameter_has_a_gradient(self.tokenizer, "optim")
+        self._check_every_parameter_has_a_gradient(self.tokenizer)
         if not self._apply(self.optimizer, self.tokenizer, self.recipe.optim.clip, losses):
             return None
         return losses, outputs, images
@@ -383,16 +386,22 @@ class Trainer:
             terms = [f"gradient of {name}" for name, p in module.named_parameters()
                      if p.grad is not None and not torch.isfinite(p.grad).all()][:3]
         where = f"step {self.counters.step} (epoch {self.counters.epoch}, stage {self.stage!r})"
-        return f"{where}: {', '.join(terms) or 'a value on another process'} is not finite; nothing was updated"
+        spared = "nothing" if module is self.tokenizer else "the discriminator was not updated, the tokenizer"
+        return f"{where}: {', '.join(terms) or 'a value on another process'} is not finite; {spared} was updated"
 
-    def _check_every_parameter_has_a_gradient(self, module: nn.Module, key: str) -> None:
+    def _check_every_parameter_has_a_gradient(self, module: nn.Module) -> None:
         if self._checked_gradients:
             return
         self._checked_gradients = True
         idle = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
-        if idle:
-            self.monitor.say(f"stage {self.stage}: no gradient reaches {', '.join(idle[:8])}"
-                             f"{f' and {len(idle) - 8} more' if len(idle) > 8 else ''}", self.counters.step)
+        if not idle:
+            return
+        said = (f"stage {self.stage}: no gradient reaches {', '.join(idle[:8])}"
+                f"{f' and {len(idle) - 8} more' if len(idle) > 8 else ''}")
+        if self.accelerator.num_processes > 1:  # DDP would leave gradients unreduced now, and fail at the next step
+            raise UserError(f"{said}; with several processes, freeze what this stage does not train "
+                            f"(stages[{self.counters.stage}].freeze)")
+        self.monitor.say(said, self.counters.step)
 
     def _add_losses(self, losses: dict[str, Tensor]) -> None:
         for sums in (self.epoch_losses, self.recent_losses):
@@ -456,7 +465,8 @@ class Trainer:
 
     def _generator(self, purpose: int) -> torch.Generator:
         """Make the generator of one hook call: a function of seed and step alone, so it is equal on every process."""
-        return torch.Generator(self.device).manual_seed(_mix(self.recipe.seed, self.counters.step, self.counters.stage, purpose))
+        seed = _mix(self.recipe.seed, self.counters.step, self.counters.stage, purpose)
+        return torch.Generator(self.device).manual_seed(seed)
 
     # ---- an epoch's end
 
@@ -603,7 +613,7 @@ class Trainer:
             "card": metric_card(recipe, self.val_data, bad, self.accelerator),
         }
         if self.main:
-            (self.out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+            (self.out / "metrics.json").write_text(to_json(result))
             save_picture(self._panel(), self.out / "reconstructions.png")
             shutil.rmtree(self.out / "tokenizer", ignore_errors=True)
             self.ema.save_pretrained(self.out / "tokenizer")

@@ -16,7 +16,7 @@ LOWEST_WEIGHT = 2e-35  # just above exp(LOWEST_EXPONENT)
 
 
 def nonstationary_loss(latents: Tensor, vectors: Tensor, indices: Tensor, temperature: float) -> Tensor:
-    """Return the mean squared distance of latents [M, D] to the codes they did not choose, by nearness [].
+    """Return how far the codes that latents [M, D] did not choose are from them, weighted by nearness: a 0-dim loss.
 
     1/(M·D) Σ_i Σ_{j≠q_i} p_ij d_ij with d_ij = |z_i - c_j|² and p = softmax_j(-d_ij / temperature), a constant, over all
     of `vectors` [K, D]; `indices` [M] holds the winners q, whose share of p is dropped and not redistributed. The

@@ -20,12 +20,12 @@ def code_usage(indices: Tensor, size: int) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Return exp(-Σ p log p) of the shares p of `counts` [K]: 1 to K, or 0 where nothing was counted []."""
+    """Return exp(-Σ p log p) of the shares p of `counts` [K]: 1 to K, or 0 where nothing was counted."""
     total = counts.sum()
     shares = counts / total
     return torch.where(total > 0, torch.special.entr(shares).sum().exp(), 0.0)
 
 
 def usage(counts: Tensor) -> Tensor:
-    """Return the share of codes that were hit at least once, from `counts` [K]: 0 to 1 []."""
+    """Return the share of codes that were hit at least once, from `counts` [K]: 0 to 1."""
     return (counts > 0).float().mean()

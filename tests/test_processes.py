@@ -1,0 +1,177 @@
+"""Two real processes (gloo on CPU) do what one does, and end alike when something is wrong."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import plugins_for_tests
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import COMMON, assert_equal_up_to_rounding, checkpoint_at, events
+
+from vqzoo import manager
+from vqzoo.recipe import load_recipe
+from vqzoo.trainer import Trainer
+
+STEPS = 6
+PROCESSES = 2
+LONGEST = 240  # seconds, on a machine with much else to do
+COMMAND = Path(__file__).with_name("plugins_for_tests.py")
+RECIPE = COMMON.replace("eval_batch_size: 4", "eval_batch_size: 2") + """
+epochs: 6
+epoch_steps: 1  # shorter than the data, so that some codes are not used
+plugins:
+  vq: {}
+  nsvq: {replace_after: 0, noise: 0.05}
+  pixel: {}
+  adversary: {adaptive: false}
+  kmeans: {latents_per_code: 2, iterations: 1}
+  recorder: {}
+hooks: {embedding_loss: [vq, nsvq]}
+stages:
+  - {name: joint, epochs: 2}
+  - name: warm-up
+    epochs: 2
+    freeze: ["encoder.*"]
+    hooks: {embedding_loss: [vq], stage_transition: [], reconstruction_loss: [pixel, recorder], discriminator_loss: []}
+  - {name: refine, freeze: ["encoder.*"], hooks: {embedding_loss: [vq], stage_transition: []}}
+"""
+# small steps, so that rounding flips no assignment
+OVERRIDES = ["optim.lr=2e-4", "codebook.size=256", "optim.clip=1.0", "optim.schedule=cosine", "optim.warmup_steps=2",
+             "log.steps=1"]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def launch(arguments):
+    """Run the command line as a user does, by torch's launcher."""
+    launcher = ["torch.distributed.run", f"--nproc_per_node={PROCESSES}", "--master_addr=127.0.0.1",
+                f"--master_port={free_port()}"]
+    command = [sys.executable, "-m", *launcher, str(COMMAND), *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONGEST)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def ranks(arguments):
+    """Run each process without a launcher that would end one for the other; return their (exit status, stderr)."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(PROCESSES)}
+    started = [
+        subprocess.Popen([sys.executable, str(COMMAND), *arguments], text=True, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, env=environment(**where, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank in range(PROCESSES)
+    ]
+    try:
+        return [(process.communicate(timeout=LONGEST)[1], process.returncode)[::-1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+class Runs:
+    """The same recipe run by two processes, with two micro-batches each, and by one."""
+
+    def __init__(self, folder, photos):
+        self.recipe, self.two, self.one = folder / "recipe.yaml", folder / "two", folder / "one"
+        self.recipe.write_text(RECIPE.replace("ROOT", str(photos)))
+        for name in ("seen_by_two", "seen_by_one"):
+            (folder / name).mkdir()
+        self.by_two = [*OVERRIDES, "accumulate=2", f"plugins.recorder.folder={folder / 'seen_by_two'}"]
+        self.launched = launch(["run", str(self.recipe), *self.by_two, "--out", str(self.two)])
+        by_one = [*OVERRIDES, f"plugins.recorder.folder={folder / 'seen_by_one'}"]
+        Trainer(load_recipe(str(self.recipe), by_one), self.one).run()
+        self.first, self.second = (self.seen(folder / "seen_by_two", rank) for rank in range(PROCESSES))
+        self.alone = self.seen(folder / "seen_by_one", 0)
+
+    def seen(self, folder, rank):
+        return [load_file(folder / f"rank{rank}_step{step}.safetensors") for step in range(STEPS)]
+
+    def metrics(self, out):
+        return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(small_photos, tmp_path_factory):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "entry_points", plugins_for_tests.with_test_plugins)
+        yield Runs(tmp_path_factory.mktemp("processes"), small_photos)
+    torch.set_num_threads(before)
+
+
+def test_both_processes_hold_the_same_codebook_bit_for_bit(runs):
+    for first, second in zip(runs.first, runs.second, strict=True):
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            assert torch.equal(value, second[key]), key
+    saved = checkpoint_at(runs.two, STEPS)["tokenizer"]["codebook.weight"]
+    assert torch.equal(saved, runs.first[-1]["vectors"])
+
+
+def test_replacement_happened_and_was_the_same(runs):
+    replaced = [[e.value for e in events(out).Scalars("codes/replaced")] for out in (runs.two, runs.one)]
+    dead = [int((step["epoch_counts"] == 0).sum()) for step in runs.first[:2]]
+    assert dead[1] > 0
+    assert replaced[0] == replaced[1] == [*dead, 0, 0, 0, 0]
+
+
+def test_hooks_see_the_whole_step_in_sample_order(runs):
+    for two, one in zip(runs.first, runs.alone, strict=True):
+        assert one["latents"].shape == (8 * 64, 8) and one["counts"].sum() == 8 * 64
+        for key in ("indices", "counts", "epoch_counts"):
+            assert torch.equal(two[key], one[key]), key
+        for key in ("latents", "vectors", "means"):
+            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
+    assert [len(step["means"]) for step in runs.first] == [6, 6, 2, 2, 4, 4]
+
+
+def test_the_result_is_that_of_one_process_up_to_rounding(runs):
+    assert_equal_up_to_rounding(checkpoint_at(runs.one, STEPS), checkpoint_at(runs.two, STEPS), STEPS)
+
+
+def test_the_learning_rate_curve_is_that_of_one_process(runs):
+    two, one = ([(e.step, e.value) for e in events(out).Scalars("train/learning_rate")] for out in (runs.two, runs.one))
+    assert two == one and len(one) == STEPS
+
+
+def test_metrics_count_each_held_out_image_once(runs):
+    two, one = runs.metrics(runs.two), runs.metrics(runs.one)
+    assert two["metrics"]["images"] == 7  # batches of 2: four images for one process, three for the other
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-3)
+    assert two["run"]["transitions"] == one["run"]["transitions"] and two["run"]["step"] == STEPS
+    assert (two["card"]["hardware"]["processes"], one["card"]["hardware"]["processes"]) == (2, 1)
+
+
+def test_only_the_main_process_reports(runs):
+    assert runs.launched.stdout.count("held-out images after") == 1
+    assert runs.launched.stderr.count("stage joint → warm-up") == 1
+    assert len(list((runs.two / "tensorboard").iterdir())) == 1
+
+
+def test_a_mistake_ends_both_processes_with_status_2(runs):
+    for status, said in ranks(["run", str(runs.recipe), *runs.by_two, "--out", str(runs.two)]):
+        assert status == 2 and "already holds a run" in said and "Traceback" not in said
+
+
+def test_a_loss_that_is_not_finite_on_one_process_ends_both_before_the_update(runs, tmp_path):
+    poisoned = [f"plugins.recorder.folder={tmp_path}", "plugins.recorder.poisoned_rank=1", "plugins.recorder.poisoned_step=1"]
+    (first, said_by_first), (second, said_by_second) = ranks(
+        ["run", str(runs.recipe), *OVERRIDES, *poisoned, "--out", str(tmp_path / "run")]
+    )
+    assert (first, second) == (1, 1)
+    assert "NonFiniteError: step 1 (epoch 1, stage 'joint'): loss 'l1' is not finite" in said_by_second
+    assert "NonFiniteError: step 1 (epoch 1, stage 'joint')" in said_by_first
+    assert {path.name for path in tmp_path.glob("rank*")} == {f"rank{rank}_step0.safetensors" for rank in range(PROCESSES)}

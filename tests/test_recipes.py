@@ -1,0 +1,367 @@
+import re
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+import pytest
+from omegaconf import OmegaConf
+
+from vqzoo import Plugin, manager
+from vqzoo.errors import UserError
+from vqzoo.recipe import difference, find_recipe, load_recipe, plain, shipped, to_yaml
+from vqzoo.trainer import Trainer, build, enter
+
+MINIMAL = "epochs: 3\nplugins: {vq: {}, pixel: {}}\n"
+STAGES = MINIMAL + "stages: [{name: joint, epochs: 2}, {name: refine}]\n"
+
+
+class Odd(Plugin):
+    """A stranger's plugin whose error names neither itself nor its field."""
+
+    @dataclass
+    class Config:
+        number: int = 1
+
+        def __post_init__(self):
+            if self.number % 2 == 0:
+                raise ValueError("an odd number is wanted")
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def refusal(written):
+    """Return what load_recipe says against a text; it must name the file unless an override is to blame."""
+
+    def refuse(text, *overrides):
+        path = written(text)
+        with pytest.raises(UserError) as caught:
+            load_recipe(path, list(overrides))
+        message = str(caught.value)
+        assert path in message or any(repr(override) in message for override in overrides)
+        return message
+
+    return refuse
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("text, key, near", [
+    ("epoch: 3", "epoch", "epochs"),
+    ("optim: {lrr: 1e-3}", "optim.lrr", "lr"),
+    ("data: {resolutoin: [32, 32]}", "data.resolutoin", "resolution"),
+    ("stages: [{name: a, epochs: 1}, {naem: b}]", "stages[1].naem", "name"),
+    ("plugins: {vq: {comitment_weight: 1}}", "plugins.vq.comitment_weight", "commitment_weight"),
+    ("plugins: {simqv: {}}", "plugins.simqv", "simvq"),
+])
+def test_a_misspelt_key_is_named_with_the_nearest_one(refusal, text, key, near):
+    message = refusal(text)
+    assert f" {key}: " in message
+    assert f"did you mean {near!r}?" in message
+
+
+@pytest.mark.parametrize("text, key, value", [
+    ("epochs: many", "epochs", "many"),
+    ("epochs: 2.5", "epochs", "2.5"),
+    ("epochs: true", "epochs", "True"),
+    ("seed:", "seed", "None"),
+    ("optim: 3", "optim", "3"),
+    ("hooks:", "hooks", "None"),
+    ("hooks: {quantize: vq}", "hooks.quantize", "vq"),
+    ("data: {resolution: 64}", "data.resolution", "64"),
+    ("data: {resolution: [64, wide]}", "data.resolution[1]", "wide"),
+    ("encoder: {pretrained: 3}", "encoder.pretrained", "3"),
+    ("encoder: {args: }", "encoder.args", "None"),
+    ("stages: {name: a}", "stages", "a"),
+    ("stages: [a]", "stages[0]", "a"),
+    ("stages: [{name: a, epochs: 1}, {name: b, epochs: long}]", "stages[1].epochs", "long"),
+    ("stages: [{freeze: encoder.*}]", "stages[0].freeze", "encoder.*"),
+    ("stages: [{hooks: }]", "stages[0].hooks", "None"),
+    ("stages: [{hooks: {quantize: vq}}]", "stages[0].hooks.quantize", "vq"),
+    ("plugins: [vq]", "plugins", "vq: {}"),
+    ("plugins: {vq: 3}", "plugins.vq", "3"),
+    ("plugins: {vq: {codebook_weight: heavy}}", "plugins.vq.codebook_weight", "heavy"),
+    ("optim: {scale: {'encoder.*': fast}}", "optim.scale.encoder.*", "fast"),
+])
+def test_a_wrong_type_is_named_with_its_full_key(refusal, text, key, value):
+    message = refusal(text)
+    assert f" {key}: " in message
+    assert value in message.split(f" {key}: ")[1]
+
+
+@pytest.mark.parametrize("text, key, value", [
+    ("seed: -1", "seed", "-1"),
+    ("epochs: 0", "epochs", "0"),
+    ("epoch_steps: 0", "epoch_steps", "0"),
+    ("accumulate: 0", "accumulate", "0"),
+    ("ema: 1", "ema", "1.0"),
+    ("ema: .nan", "ema", "nan"),
+    ("precision: fp61", "precision", "did you mean 'fp16'?"),
+    ("codebook: {size: 0}", "codebook.size", "0"),
+    ("encoder: {stride: 0}", "encoder.stride", "0"),
+    ("data: {batch_size: 0}", "data.batch_size", "0"),
+    ("log: {images: 0}", "log.images", "0"),
+    ("log: {drift_images: 0}", "log.drift_images", "0"),
+    ("checkpoint: {keep: 0}", "checkpoint.keep", "0"),
+    ("optim: {name: adamm}", "optim.name", "did you mean 'adam'?"),
+    ("optim: {schedule: cosin}", "optim.schedule", "did you mean 'cosine'?"),
+    ("optim: {lr: 0}", "optim.lr", "0.0"),
+    ("optim: {lr: .inf}", "optim.lr", "inf"),
+    ("optim: {betas: [0.9]}", "optim.betas", "[0.9]"),
+    ("optim: {betas: [0.9, 1.0]}", "optim.betas", "[0.9, 1.0]"),
+    ("optim: {weight_decay: -1}", "optim.weight_decay", "-1.0"),
+    ("optim: {clip: 0}", "optim.clip", "0.0"),
+    ("optim: {warmup_steps: -1}", "optim.warmup_steps", "-1"),
+    ("optim: {scale: {'encoder.*': -1}}", "optim.scale", "encoder.*"),
+    ("discriminator_optim: {lr: -1}", "discriminator_optim.lr", "-1.0"),
+    ("stages: []", "stages", "[]"),
+    ("epochs: 9\nstages: [{name: a, epochs: 1}, {name: a}]", "stages", "['a', 'a']"),
+    ("epochs: 9\nstages: [{name: a}, {name: b}]", "stages[0].epochs", "None"),
+    ("epochs: 9\nstages: [{name: a, epochs: 0}, {name: b}]", "stages[0].epochs", "0"),
+    ("epochs: 9\nstages: [{name: a, epochs: 2}]", "stages[0].epochs", "2"),
+    ("epochs: 2\nstages: [{name: a, epochs: 2}, {name: b}]", "epochs", "2"),
+])
+def test_an_impossible_value_is_named_with_its_full_key(refusal, text, key, value):
+    message = refusal(text)
+    assert f" {key}: " in message
+    assert value in message.split(f" {key}: ")[1]
+
+
+@pytest.mark.parametrize("text, line", [
+    ("seed: 1\nplugins: {vq: {}\nepochs: 2\n", "line 3"),
+    ("seed: 1\noptim:\n\tlr: 3\n", "line 3"),
+    ("seed: 1\nepochs: 2\nseed: 3\n", "line 3"),
+])
+def test_a_yaml_error_is_told_with_its_line(refusal, text, line):
+    assert line in refusal(text)
+
+
+@pytest.mark.parametrize("text", ["- seed: 1", "hello", "null: 3", "seed: ${", "3: 4"])
+def test_what_is_no_mapping_of_known_keys_is_refused(refusal, text):
+    refusal(text)
+
+
+@pytest.mark.parametrize("where", ["seed: TAG", "data: {root: TAG}", "plugins: {vq: {init: TAG}}", "plugins: {vq: TAG}"])
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['touch CANARY']", "!!python/object/new:os.mkdir ['CANARY']"])
+def test_a_python_tag_is_never_executed(refusal, tmp_path, where, tag):
+    canary = tmp_path / "canary"
+    message = refusal(where.replace("TAG", tag.replace("CANARY", str(canary))))
+    assert "python/object" in message and "line 1" in message
+    assert not canary.exists()
+
+
+def test_a_python_tag_in_an_override_is_never_executed(refusal, tmp_path):
+    canary = tmp_path / "canary"
+    refusal(MINIMAL, f"seed=!!python/object/apply:os.mkdir ['{canary}']")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("text, key", [
+    ("seed: ${seed}", "seed"),
+    ("epochs: ${seed}\nseed: ${epochs}", "seed"),
+    ("optim: ${optim}", "optim"),
+    ("plugins: ${plugins}", "plugins"),
+    ("plugins: {vq: '${plugins.vq}'}", "plugins.vq"),
+    ("plugins: {vq: {init: '${plugins.vq.init}'}}", "plugins.vq.init"),
+    ("stages: ['${stages[0]}']", "stages[0]"),
+    ("seed: ${nowhere}", "seed"),
+    ("encoder: {args: {width: '${nowhere}'}}", "encoder.args.width"),
+])
+def test_an_interpolation_that_leads_nowhere_is_a_user_error(refusal, text, key):
+    assert f" {key}: " in refusal(text)
+
+
+def test_an_interpolation_takes_the_other_keys_value(written):
+    recipe = load_recipe(written(MINIMAL + "codebook: {size: '${epochs}', width: '${codebook.size}'}"))
+    assert recipe.codebook.size == recipe.codebook.width == 3
+
+
+@pytest.mark.parametrize("text, key", [
+    ("plugins: {nsvq: {temperature: 0}}", "plugins.nsvq.temperature"),
+    ("plugins: {nsvq: {patience: 0}}", "plugins.nsvq.patience"),
+    ("plugins: {vq: {init: zeros}}", "plugins.vq.init"),
+    ("plugins: {vq: {}, kmeans: {iterations: 0}}", "plugins.kmeans."),
+])
+def test_a_plugins_own_check_is_told_with_plugin_and_field(refusal, text, key):
+    assert key in refusal(text)
+
+
+def test_a_strangers_check_is_told_with_the_plugins_name(refusal, monkeypatch):
+    def with_odd(group):
+        return [*entry_points(group=group), EntryPoint("odd", "test_recipes:Odd", group)]
+
+    monkeypatch.setattr(manager, "entry_points", with_odd)
+    assert "plugins.odd: an odd number is wanted" in refusal("plugins: {vq: {}, odd: {number: 2}}")
+    assert "plugins.odd.number" in refusal("plugins: {vq: {}, odd: {number: two}}")
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones():
+    with pytest.raises(UserError) as caught:
+        load_recipe("quickstrat")
+    assert "did you mean 'quickstart'?" in str(caught.value)
+    assert all(name in str(caught.value) for name in shipped())
+
+
+# What a recipe means
+
+
+@pytest.mark.parametrize("spelling", ["vq:", "vq: {}", "vq: null"])
+def test_a_plugin_without_fields_has_its_defaults(written, spelling):
+    recipe = load_recipe(written(f"plugins:\n  {spelling}\n"))
+    assert plain(recipe.plugins) == {"vq": {"codebook_weight": 1.0, "commitment_weight": 0.25, "init": "uniform"}}
+
+
+def test_an_empty_plugin_keeps_its_schema(refusal):
+    assert "plugins.vq.weight: unknown key" in refusal("plugins:\n  vq:\n", "plugins.vq.weight=3")
+
+
+@pytest.mark.parametrize("override, key, value", [
+    ("seed=7", "seed", 7),
+    ("optim.lr=2e-4", "optim.lr", 2e-4),
+    ("stages[0].epochs=1", "stages.0.epochs", 1),
+    ("stages[1].freeze=['encoder.*']", "stages.1.freeze", ["encoder.*"]),
+    ("data.resolution=[32,48]", "data.resolution", [32, 48]),
+    ("data.root=/photos/a=b", "data.root", "/photos/a=b"),
+    ("optim.scale={'encoder.*': 5}", "optim.scale", {"encoder.*": 5.0}),
+    ("hooks.embedding_loss=[]", "hooks.embedding_loss", []),
+    ("plugins.vq.codebook_weight=2", "plugins.vq.codebook_weight", 2.0),
+    ("plugins.kmeans={}", "plugins.kmeans.iterations", 10),
+    ("plugins.kmeans=", "plugins.kmeans.iterations", 10),
+    ("plugins.kmeans.iterations=3", "plugins.kmeans.iterations", 3),
+])
+def test_an_override_changes_that_key_alone(written, override, key, value):
+    path = written(STAGES)
+    before, found = plain(load_recipe(path)), plain(load_recipe(path, [override]))
+    node = found
+    for part in key.split("."):
+        node = node[int(part) if part.isdigit() else part]
+    assert node == value
+    (changed,) = (line.split(":")[0] for line in difference(before, found))
+    assert key.startswith(changed) or changed.startswith(key)
+
+
+@pytest.mark.parametrize("spelling", ["no", "'no'", "off", "false"])
+def test_no_precision_needs_no_quotes(written, spelling):
+    assert load_recipe(written(f"precision: {spelling}")).precision == "no"
+    assert load_recipe(written("precision: bf16"), [f"precision={spelling}"]).precision == "no"
+
+
+def test_later_overrides_win(written):
+    assert load_recipe(written(MINIMAL), ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("override, fragment", [
+    ("fast", "write key=value"),
+    ("=3", "write key=value"),
+    ("seed=[1", "seed=[1"),
+    ("seed=${", "seed=${"),
+    ("stages[5].epochs=1", "stages[5].epochs=1"),
+    ("stages[x].epochs=1", "stages[x].epochs=1"),
+    ("stages.epochs=1", "stages.epochs=1"),
+    ("optim=3", "optim: 3"),
+    ("optim.lr.x=3", "optim.lr"),
+    ("stages[0].nam=a", "stages[0].nam: unknown key; did you mean 'name'?"),
+    ("plugins.simqv={}", "did you mean 'simvq'?"),
+    ("plugins=3", "plugins: "),
+    ("data.resolution[0]=32", "data.resolution: "),
+])
+def test_a_bad_override_is_named(refusal, override, fragment):
+    assert fragment in refusal(STAGES, override)
+
+
+def test_a_recipe_survives_the_way_through_yaml(written):
+    text = STAGES + """
+data: {root: '1e3', resolution: [32, 48], resize: null}
+encoder: {pretrained: weights.pth, args: {mult: [1, 2], patch: 2}}
+hooks: {quantize: [vq], refresh_codes: []}
+optim: {lr: 2e-3, scale: {"encoder.*": 5, "*": 0.1}, clip: 1, betas: [0.5, 0.9]}
+"""
+    recipe = load_recipe(written(text), ["stages[1].hooks={embedding_loss: []}", "plugins.nsvq={}"])
+    assert recipe.data.root == "1e3" and recipe.encoder.pretrained == "weights.pth"
+    assert load_recipe(written(to_yaml(recipe))) == recipe
+
+
+def test_difference_names_each_key_with_both_values(written):
+    path = written(STAGES)
+    one, other = plain(load_recipe(path)), plain(load_recipe(path, ["seed=4", "optim.lr=1e-3", "plugins.kmeans={}"]))
+    assert difference(one, one) == []
+    assert difference(one, other) == [
+        "seed: 0 → 4",
+        "plugins.kmeans: None → {'latents_per_code': 32, 'iterations': 10}",
+        "optim.lr: 0.0001 → 0.001",
+    ]
+    assert difference(other, one)[1] == "plugins.kmeans: {'latents_per_code': 32, 'iterations': 10} → None"
+    stages = difference(one, plain(load_recipe(path, ["stages[0].epochs=1"])))
+    assert len(stages) == 1 and stages[0].startswith("stages: [{'name': 'joint', 'epochs': 2")
+
+
+# The recipes that come with vqzoo
+
+
+def shrunk(path, photos):
+    """Return overrides that make a shipped recipe a matter of a second: two steps in each stage of a tiny network."""
+    recipe = load_recipe(str(path))
+    side = max(32, 2 * recipe.encoder.stride)
+    overrides = [
+        f"data.resolution=[{side},{side}]", "data.resize=null", "data.batch_size=4", "data.eval_batch_size=8",
+        "data.workers=0", "epoch_steps=2", "accumulate=1", "precision=no", "log.images=2", "log.drift_images=4",
+        f"epochs={len(recipe.stages)}", f"codebook.size={min(32, recipe.codebook.size)}",
+        *(f"stages[{number}].epochs=1" for number in range(len(recipe.stages) - 1)),
+    ]
+    if recipe.encoder.name == "vqgan_encoder":
+        overrides.append("encoder.args.width=8")
+    if recipe.decoder.name == "conv":
+        overrides.append("decoder.args.width=8")
+    if recipe.data.name == "folder":
+        overrides.append(f"data.root={photos}")
+    return overrides
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_says_what_to_expect_of_it(name):
+    header = re.match(r"(#.*\n)+", shipped()[name].read_text())
+    assert header, "the file begins with a comment"
+    header = header[0]
+    assert re.search(rf"vqzoo run (recipes/)?{re.escape(name)}\b", header), "the command"
+    assert re.search(r"\b(CPU|GPU|cores?|[AH]\d00)\b", header), "the hardware"
+    assert re.search(r"\b(seconds?|minutes?|hours?|days?|not yet measured)\b", header), "the time"
+    assert re.search(r"\d dB|not yet measured", header), "the expected numbers"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_wires_every_stage(name):
+    assert find_recipe(name) == shipped()[name]
+    recipe = load_recipe(name, ["codebook.size=32"])
+    tokenizer = build(recipe)
+    for number in range(len(recipe.stages)):
+        enter(tokenizer, recipe, number)
+        assert all(len(tokenizer.hooks.providers(hook)) >= 1 for hook in ("make_codebook", "quantize", "reconstruction_loss"))
+        assert any(parameter.requires_grad for parameter in tokenizer.parameters())
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_runs_two_steps_in_each_stage_when_shrunk(name, small_photos, tmp_path):
+    path = shipped()[name]
+    recipe = load_recipe(str(path), shrunk(path, small_photos))
+    result = Trainer(recipe, tmp_path / "run").run()
+    stages = [stage.name for stage in recipe.stages]
+    assert result["run"]["step"] == 2 * len(stages)
+    assert [stages[0], *(change["to"] for change in result["run"]["transitions"])] == stages
+    assert 0 < result["metrics"]["psnr"] < 60 and 0 < result["metrics"]["usage"] <= 1
+    left = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    assert {**plain(left), "versions": {}} == plain(recipe)
+    assert {"vqzoo", "torch", *(f"plugin {plugin}" for plugin in recipe.plugins)} <= set(left.versions)
+
+
+def test_shipped_recipes_are_self_contained():
+    for path in shipped().values():
+        raw = OmegaConf.load(path)
+        assert "seed" in raw and raw.get("init_from") is None
