@@ -11,8 +11,8 @@ from vqzoo.ops import code_usage, gather_rows, nearest_codes
 class KMeans(Plugin):
     """k-means start: before the first stage, set the codes to the k-means centres of latents of training images.
 
-    Gathers about `latents_per_code` latents per code over all processes and runs `iterations` Lloyd steps; an empty cluster restarts at
-    a random latent.
+    Gathers about `latents_per_code` latents per code over all processes and runs `iterations` Lloyd steps; an empty cluster
+    restarts at a random latent.
     """
 
     @dataclass

@@ -30,14 +30,14 @@ class NSVQ(Plugin):
                 raise ValueError(f"nsvq.temperature: {self.temperature!r} must be positive")
             if self.patience < 1:
                 raise ValueError(f"nsvq.patience: {self.patience!r} must be at least 1")
+            for name in ("weight", "replace_after", "noise"):
+                if getattr(self, name) < 0:
+                    raise ValueError(f"nsvq.{name}: {getattr(self, name)!r} must not be negative")
 
     def __init__(self, config):
         super().__init__(config)
         self.register_buffer("best_commitment", torch.tensor(torch.inf, dtype=torch.float64))
         self.register_buffer("epochs_since_best", torch.tensor(0))
-
-    def loss_names(self):
-        return ("nonstationary",)
 
     def watched_losses(self):
         return ("commitment",)

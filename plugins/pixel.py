@@ -15,6 +15,10 @@ class Pixel(Plugin):
         l1: float = 1.0
         l2: float = 0.0
 
+        def __post_init__(self):
+            if self.l1 < 0 or self.l2 < 0 or not self.l1 + self.l2:
+                raise ValueError(f"pixel.l1 and pixel.l2: {self.l1!r} and {self.l2!r} must be weights, at least one positive")
+
     def loss_names(self):
         return tuple(name for name, weight in (("l1", self.config.l1), ("l2", self.config.l2)) if weight)
 

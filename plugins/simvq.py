@@ -49,10 +49,6 @@ class SimVQ(Plugin):
     def straight_through(self, latents, codes):
         return straight_through(latents, codes)
 
-    def loss_names(self):
-        weights = {"codebook": self.config.codebook_weight, "commitment": self.config.commitment_weight}
-        return tuple(name for name, weight in weights.items() if weight)
-
     @hookimpl
     def embedding_loss(self, latents, codes):
         return embedding_losses(latents, codes, self.config.codebook_weight, self.config.commitment_weight)

@@ -1,8 +1,15 @@
 """Fixtures that several test files share."""
 
+import gc
+
 import numpy as np
+import plugins_for_tests
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
+
+from vqzoo import manager
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +22,19 @@ def small_photos(tmp_path_factory):
             blocks = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
             blocks.resize((40, 40), Image.Resampling.BICUBIC).save(root / split / f"{index:02}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def tiny_runs():
+    """Make whole runs possible and fast in this process: test plugins, on CPU, one thread, little garbage to search."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()
+    AcceleratorState._reset_state(True)  # accelerate holds one device and precision per process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(manager, "entry_points", plugins_for_tests.with_test_plugins)
+        yield
+    AcceleratorState._reset_state(True)
+    gc.unfreeze()
+    torch.set_num_threads(threads)

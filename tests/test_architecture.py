@@ -25,7 +25,7 @@ HOOKS = [hook.name for hook in all_hooks(make_manager({}))]
 
 LAYERS = (
     "errors", "plugin", "codebook", "ops", "hookspecs", "manager", "networks", "data", "recipe", "tokenizer", "metrics",
-    "monitor", "checkpoint", "stage", "trainer", "explain", "cli", "__main__",
+    "monitor", "checkpoint", "stage", "prepare", "trainer", "explain", "cli", "__main__",
 )
 """The modules of vqzoo from the ground up: each imports only from those before it."""
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import vqzoo.manager
-from vqzoo import Codebook, Plugin, PluginError, Quantized, Table, Tokenizer, UserError, hookimpl, hookspecs
+from vqzoo import Codebook, Plugin, PluginError, Progress, Quantized, Table, Tokenizer, UserError, hookimpl, hookspecs
 from vqzoo.data import DataConfig
 from vqzoo.hookspecs import REQUIRED
 from vqzoo.manager import Hooks, all_hooks, available, find, make_manager, offered_hooks
+from vqzoo.prepare import build, enter
 from vqzoo.recipe import CodebookConfig, DecoderConfig, EncoderConfig, Recipe, StageConfig
-from vqzoo.trainer import build, enter
 
 
 class Plain(Plugin):
@@ -476,7 +476,8 @@ def test_a_copy_of_a_tokenizer_calls_its_own_plugins(install):
 
 def test_a_copy_keeps_the_wiring_of_the_stage():
     one = tokenizer("vq", "nsvq", "pixel")
-    one.wire({"embedding_loss": ["vq"], "refresh_codes": []}, "stages[1].hooks", REQUIRED, ["encoder.*"])
+    one.wire({"embedding_loss": ["vq"], "refresh_codes": []}, "stages[1].hooks", REQUIRED)
+    one.freeze(["encoder.*"])
     other = copy.deepcopy(one)
     assert other.hooks.providers("embedding_loss") == ["vq"] and other.hooks.providers("refresh_codes") == []
     assert not any(p.requires_grad for p in other.encoder.parameters())
@@ -535,8 +536,9 @@ class Implicit(Plain):
 def test_refreshing_an_implicit_codebook_is_refused_unless_routed_away(install):
     install(implicit=Implicit)
     with pytest.raises(UserError, match=r"hooks.refresh_codes: nsvq .*refresh_codes: \[\]"):
-        tokenizer("implicit", "nsvq")
-    assert tokenizer("implicit", "nsvq", hooks={"refresh_codes": []}).hooks.providers("refresh_codes") == []
+        build(recipe("implicit", "nsvq"))
+    routing = {"refresh_codes": [], "stage_transition": []}
+    assert build(recipe("implicit", "nsvq", hooks=routing)).hooks.providers("refresh_codes") == []
 
 
 def test_refreshing_an_implicit_codebook_is_refused_in_a_later_stage_too(install):
@@ -551,33 +553,34 @@ def test_refreshing_an_implicit_codebook_is_refused_in_a_later_stage_too(install
 def test_freezing_the_codebook_while_it_is_refreshed_is_refused(pattern):
     one = tokenizer("vq", "nsvq", "pixel")
     with pytest.raises(UserError, match="refresh_codes of nsvq"):
-        one.wire({}, "hooks", REQUIRED, [pattern])
-    one.wire({"refresh_codes": []}, "hooks", REQUIRED, [pattern])
+        one.freeze([pattern])
+    one.wire({"refresh_codes": []}, "hooks", REQUIRED)
+    one.freeze([pattern])
     assert not one.codebook.weight.requires_grad
 
 
 def test_freezing_a_buffer_of_the_codebook_counts_as_freezing_it():
     one = tokenizer("vq", "simvq", "nsvq", "pixel")
     with pytest.raises(UserError, match="refresh_codes of nsvq"):
-        one.wire({}, "hooks", REQUIRED, ["codebook.table"])
+        one.freeze(["codebook.table"])
 
 
 def test_a_freeze_pattern_that_matches_nothing_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"freeze: 'encodr\.\*' matches no parameter; did you mean 'encoder\.\*'\?"):
-        tokenizer("vq").wire({}, "hooks", [], ["encodr.*"])
+        tokenizer("vq").freeze(["encodr.*"])
 
 
-def test_freezing_stops_exactly_the_parameters_named_and_wiring_again_lets_them_go():
+def test_freezing_stops_exactly_the_parameters_named_and_lets_them_go_again():
     one = tokenizer("vq", "simvq")
     for parameter in one.parameters():
         parameter.grad = torch.ones_like(parameter)
-    one.wire({}, "hooks", [], ["encoder.*", "codebook.linear.bias"])
+    one.freeze(["encoder.*", "codebook.linear.bias"])
     frozen = {name for name, p in one.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in one.named_parameters() if n.startswith("encoder.") or n == "codebook.linear.bias"}
     assert {name for name, p in one.named_parameters() if p.grad is None} == frozen
     assert not one.encoder.training and one.decoder.training and one.codebook.training
     assert not one.train().encoder.training
-    one.wire({}, "hooks", [])
+    one.freeze([])
     assert all(p.requires_grad for p in one.parameters()) and one.encoder.training
     assert not one.codebook.table.requires_grad
 
@@ -590,6 +593,37 @@ def test_a_watched_loss_that_nobody_returns_is_refused_in_the_stage_where_it_is_
         build(recipe("vq", "watcher", "pixel", stages=stages))
     assert str(caught.value).startswith("stages[1].hooks.stage_transition: watcher watches the loss 'commitment'")
     assert "'refine'" in str(caught.value) and "l1" in str(caught.value)
+
+
+def test_a_watched_loss_that_a_frozen_encoder_takes_away_is_refused(install):
+    install(watcher=Watcher)
+    stages = [StageConfig("joint", 2), StageConfig("refine", freeze=["encoder.*"])]
+    with pytest.raises(UserError, match=r"stages\[1\].hooks.stage_transition: watcher watches the loss 'commitment'"):
+        build(recipe("vq", "watcher", "pixel", stages=stages))
+
+
+class Noisy(Plugin):
+    """Count calls and draw random numbers."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("calls", torch.tensor(0))
+
+    @hookimpl(wrapper=True)
+    def quantize(self):
+        found = yield
+        self.calls += 1
+        torch.rand(1)
+        return found
+
+
+def test_the_rehearsal_changes_no_buffer_and_no_random_state(install):
+    install(noisy=Noisy)
+    one = tokenizer("vq", "noisy", "pixel")
+    one.wire({}, "hooks", REQUIRED)
+    before = torch.random.get_rng_state()
+    assert one.rehearse(Progress(0, 0, "joint", 0, 0, 1)) == {"codebook", "commitment"}
+    assert torch.equal(torch.random.get_rng_state(), before) and int(one.plugins["noisy"].calls) == 0
 
 
 def test_a_loss_that_is_weighted_zero_is_not_there_to_be_watched():

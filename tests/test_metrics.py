@@ -14,9 +14,9 @@ from vqzoo.data import Batch, DataConfig, eval_batches, make_dataset, to_images
 from vqzoo.explain import predict_memory
 from vqzoo.metrics import Evaluation, evaluate, psnr, ssim, table, to_bytes, to_json
 from vqzoo.plugin import Progress
+from vqzoo.prepare import build
 from vqzoo.recipe import load_recipe
 from vqzoo.tokenizer import Output
-from vqzoo.trainer import build
 
 CPU = torch.device("cpu")
 SIZE = 24

@@ -7,8 +7,9 @@ from omegaconf import OmegaConf
 
 from vqzoo import Plugin, manager
 from vqzoo.errors import UserError
+from vqzoo.prepare import build, enter
 from vqzoo.recipe import difference, find_recipe, load_recipe, plain, shipped, to_yaml
-from vqzoo.trainer import Trainer, build, enter
+from vqzoo.trainer import Trainer
 
 MINIMAL = "epochs: 3\nplugins: {vq: {}, pixel: {}}\n"
 STAGES = MINIMAL + "stages: [{name: joint, epochs: 2}, {name: refine}]\n"

@@ -104,8 +104,8 @@ def _eval(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from vqzoo.data import DataConfig, Folder, ImageDataset, eval_batches, fingerprint
-    from vqzoo.metrics import PROTOCOL, evaluate, table, to_json
+    from vqzoo.data import DataConfig, Folder, ImageDataset, eval_batches
+    from vqzoo.metrics import card, evaluate, table, to_json
     from vqzoo.tokenizer import Tokenizer
 
     if options.batch_size < 1:
@@ -124,9 +124,8 @@ def _eval(options: argparse.Namespace) -> None:
     for name in bad:
         print(f"vqzoo: {name} does not decode and was left out", file=sys.stderr)
     if options.json:
-        card = {**PROTOCOL, "resolution": resolution, "files_left_out": bad, "tokenizer": str(options.tokenizer),
-                "data": {"root": str(folder), "fingerprint": fingerprint(dataset)}}
-        _write(Path(options.json), to_json({"metrics": metrics, "card": card}))
+        how = {**card(str(folder), dataset, resolution, bad), "tokenizer": str(options.tokenizer)}
+        _write(Path(options.json), to_json({"metrics": metrics, "card": how}))
 
 
 def _encode(options: argparse.Namespace) -> None:

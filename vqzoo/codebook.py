@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vqzoo.errors import UserError
+
 
 class Codebook(nn.Module):
     """Hold or compute K codes of width D.
@@ -58,6 +60,8 @@ class Codebook(nn.Module):
         The host then clears the optimizer's moments of these rows, and the weight EMA takes them over. A smooth update
         (a moving average of what was there) says so: moments and EMA are then left alone.
         """
+        if not self.replaceable:
+            raise UserError(f"{type(self).__name__} is implicit: its codes cannot be overwritten, as a plugin wants")
         self.write(rows, vectors)
         self._cached = None
         self._replaced.append((rows, vectors, smooth))

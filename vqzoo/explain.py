@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqzoo.data import make_dataset, train_batches
 from vqzoo.manager import all_hooks, make_manager
 from vqzoo.plugin import Progress
+from vqzoo.prepare import enter, prepare
 from vqzoo.recipe import Recipe
 from vqzoo.tokenizer import Tokenizer
-from vqzoo.trainer import build, enter, epoch_length, init_from, make_accelerator, make_discriminator
 
 
 @dataclass
@@ -26,14 +25,8 @@ def explain(recipe: Recipe) -> str:
 
     Everything that `vqzoo run` checks before training is checked here too.
     """
-    train, val = make_dataset(recipe.data, "train"), make_dataset(recipe.data, "val")
-    steps = epoch_length(recipe, train)
-    tokenizer = build(recipe)
-    make_accelerator(recipe)
-    make_discriminator(tokenizer, recipe)
-    train_batches(recipe.data, train, recipe.seed, accumulate=recipe.accumulate).close()
-    if recipe.init_from:
-        init_from(tokenizer, recipe.init_from)
+    ready = prepare(recipe)
+    train, val, steps, tokenizer = ready.train_data, ready.val_data, ready.steps_per_epoch, ready.tokenizer
     memory = predict_memory(tokenizer, recipe)
     codebook = tokenizer.codebook
     height, width = recipe.data.resolution

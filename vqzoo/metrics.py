@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqzoo.data import Batch, to_images
+from vqzoo.data import Batch, ImageDataset, StreamDataset, fingerprint, to_images
 from vqzoo.ops import all_reduce_sum, code_usage, perplexity, usage
 from vqzoo.tokenizer import Tokenizer
 
@@ -127,6 +128,18 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return str(content) if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def card(name: str, dataset: ImageDataset | StreamDataset, resolution: list[int], bad: list[str]) -> dict[str, Any]:
+    """Say how numbers were made, so that they can be compared or refused."""
+    return {**PROTOCOL, "data": name, "fingerprint": fingerprint(dataset), "resolution": list(resolution),
+            "files_left_out": bad}
+
+
+def hardware(device: torch.device, processes: int) -> dict[str, Any]:
+    """Name the device, the processes and the cores."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "processes": processes, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
 
 
 def table(metrics: dict[str, float]) -> str:

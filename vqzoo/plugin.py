@@ -28,7 +28,7 @@ class Plugin(nn.Module):
         self.config = config
 
     def loss_names(self) -> tuple[str, ...]:
-        """Name the losses that this plugin may return; a loss must be named here to be watched by another plugin."""
+        """Name the losses of `reconstruction_loss` and `discriminator_loss` that another plugin may watch."""
         return ()
 
     def watched_losses(self) -> tuple[str, ...]:

@@ -73,3 +73,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, ste
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
     return rate
+
+
+def flat(moments: Moments) -> dict[str, Tensor]:
+    """Return moments as one level of tensors, as a file of tensors wants them; `nested` takes it back."""
+    return {f"{name}/{key}": value for name, state in moments.items() for key, value in state.items()}
+
+
+def nested(flat: dict[str, Tensor]) -> Moments:
+    """Return the moments of which `flat` made one level."""
+    moments: Moments = {}
+    for full, value in flat.items():
+        name, _, key = full.rpartition("/")
+        moments.setdefault(name, {})[key] = value
+    return moments

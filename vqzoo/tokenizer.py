@@ -57,7 +57,6 @@ class Tokenizer(nn.Module):
         self.plugins = nn.ModuleDict({name: make_plugin(name, c) for name, c in config.plugins.items()})
         self._wire(dict(config.hooks), "hooks", tuple(required))
         self.codebook = self._make_codebook(config.codebook)
-        self._check_replaceable("hooks")
         encoder = config.encoder
         self.encoder = Encoder(
             encoder.name, self.codebook.latent_width, encoder.stride, tuple(config.resolution),
@@ -86,38 +85,54 @@ class Tokenizer(nn.Module):
 
     # ---- wiring
 
-    def wire(self, hooks: Mapping[str, list[str]], where: str, required: Iterable[str], freeze: Iterable[str] = ()) -> None:
-        """Bind the hooks of a stage, and freeze what its patterns name; everything else that can be trained is trained."""
+    def wire(self, hooks: Mapping[str, list[str]], where: str, required: Iterable[str]) -> None:
+        """Bind the hooks of a stage."""
         self._wire(dict(hooks), where, tuple(required))
-        self._check_replaceable(where)
-        freeze = list(freeze)
-        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
-        for pattern in freeze:
-            if not any(fnmatch(name, pattern) for name in names):
-                parts = [f"{name}.*" for name, child in self.named_children() if list(child.parameters())]
-                raise UserError(f"freeze: {pattern!r} matches no parameter; {suggestion(pattern, parts)}")
-        if any(fnmatch(name, p) for p in freeze for name in names if name.startswith("codebook.")):
-            writers = self.hooks.providers("refresh_codes")
-            if writers:
-                raise UserError(f"freeze: the codebook is to be frozen, but refresh_codes of {', '.join(writers)} "
-                                "overwrites it; set hooks.refresh_codes: [] in this stage")
-        for name, parameter in self.named_parameters():
-            frozen = any(fnmatch(name, pattern) for pattern in freeze)
-            parameter.requires_grad_(name in self._trainable and not frozen)
-            if frozen:
-                parameter.grad = None
-        self._frozen = [name for name, child in self._parts() if self._all_match(name, child, freeze)]
-        self.train(self.training)
+        writers = self.hooks.providers("refresh_codes")
+        if writers and not self.codebook.replaceable:
+            raise UserError(f"{where}.refresh_codes: {', '.join(writers)} would overwrite codes, but "
+                            f"{type(self.codebook).__name__} is implicit; route it away with refresh_codes: []")
 
     def _wire(self, hooks: dict[str, list[str]], where: str, required: tuple[str, ...]) -> None:
         self._wiring = (hooks, where, required)
         self.hooks = Hooks(make_manager(self.plugins), hooks, where, required)
 
-    def _check_replaceable(self, where: str) -> None:
+    def freeze(self, patterns: Iterable[str]) -> None:
+        """Freeze what the patterns name, buffers too; everything else that can be trained is trained."""
+        patterns = list(patterns)
+        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in names):
+                parts = [f"{name}.*" for name, child in self.named_children() if list(child.parameters())]
+                raise UserError(f"freeze: {pattern!r} matches no parameter; {suggestion(pattern, parts)}")
         writers = self.hooks.providers("refresh_codes")
-        if writers and not self.codebook.replaceable:
-            raise UserError(f"{where}.refresh_codes: {', '.join(writers)} would overwrite codes, but "
-                            f"{type(self.codebook).__name__} is implicit; route it away with refresh_codes: []")
+        if writers and any(fnmatch(name, p) for p in patterns for name in names if name.startswith("codebook.")):
+            raise UserError(f"freeze: the codebook is to be frozen, but refresh_codes of {', '.join(writers)} "
+                            "overwrites it; set hooks.refresh_codes: [] in this stage")
+        for name, parameter in self.named_parameters():
+            frozen = any(fnmatch(name, pattern) for pattern in patterns)
+            parameter.requires_grad_(name in self._trainable and not frozen)
+            if frozen:
+                parameter.grad = None  # with a zero gradient, Adam's momentum would still move it
+        self._frozen = [name for name, child in self._parts() if self._all_match(name, child, patterns)]
+        self.train(self.training)
+
+    def rehearse(self, progress: Progress) -> set[str]:
+        """Quantize made-up latents once, as a training step would, and return the names of the embedding losses.
+
+        A plugin that breaks the contract is found here, before training. No buffer and no random state changes.
+        """
+        stride, resolution = self.config.encoder.stride, self.config.resolution
+        grid = (resolution[0] // stride, resolution[1] // stride)
+        before = [buffer.clone() for buffer in self.buffers()]
+        with torch.random.fork_rng(devices=[]), self.codebook.one_forward():
+            latents = torch.randn(1, grid[0] * grid[1], self.codebook.latent_width)
+            latents.requires_grad_(any(p.requires_grad for p in self.encoder.parameters()))
+            self.train()
+            losses = self._quantize(latents, grid, progress)[2]
+        for buffer, value in zip(self.buffers(), before, strict=True):
+            buffer.copy_(value)
+        return set(losses)
 
     def _parts(self) -> Iterable[tuple[str, nn.Module]]:
         for name, child in self.named_children():

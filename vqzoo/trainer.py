@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,79 +13,22 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from vqzoo import checkpoint
-from vqzoo.data import Batch, eval_batches, fingerprint, make_dataset, to_images, train_batches
+from vqzoo.data import Batch, eval_batches, to_images, train_batches
 from vqzoo.errors import NonFiniteError, PluginError, UserError
-from vqzoo.hookspecs import REQUIRED
-from vqzoo.metrics import PROTOCOL, evaluate, to_json
+from vqzoo.metrics import card, evaluate, hardware, to_json
 from vqzoo.monitor import Drift, Monitor, memory, panel, save_picture
 from vqzoo.ops import all_reduce_sum, code_usage, gather_rows, perplexity, usage
 from vqzoo.plugin import Progress
+from vqzoo.prepare import enter, prepare
 from vqzoo.recipe import Recipe, difference, load_recipe, plain, to_yaml, versions
-from vqzoo.stage import (
-    Moments,
-    check_scale,
-    longest,
-    make_optimizer,
-    set_learning_rate,
-    stage_hooks,
-    take_moments,
-)
-from vqzoo.tokenizer import Output, Tokenizer
+from vqzoo.stage import Moments, flat, longest, make_optimizer, nested, set_learning_rate, take_moments
+from vqzoo.tokenizer import Output
 
 MOST_SKIPPED = 50
 """Optimizer steps in a row that the fp16 scaler may skip before the run stops."""
-
-
-def build(recipe: Recipe) -> Tokenizer:
-    """Build a recipe's tokenizer and prove that every one of its stages can be wired; the first stage is left wired."""
-    torch.manual_seed(recipe.seed)
-    tokenizer = Tokenizer.from_recipe(recipe, required=("make_codebook",))
-    check_scale(recipe.optim, [name for name, _ in tokenizer.named_parameters()])
-    for number in reversed(range(len(recipe.stages))):
-        enter(tokenizer, recipe, number)
-        _check_watched(tokenizer, recipe, number)
-    return tokenizer
-
-
-def enter(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
-    """Bind the hooks of a stage and freeze what it freezes."""
-    stage = recipe.stages[number]
-    where = f"stages[{number}].hooks" if stage.hooks else "hooks"
-    tokenizer.wire(stage_hooks(recipe, stage), where, REQUIRED, stage.freeze)
-    if tokenizer.hooks.providers("discriminator_loss") and not tokenizer.hooks.providers("make_discriminator"):
-        raise UserError(f"{where}.discriminator_loss: there is no discriminator; nobody serves make_discriminator")
-    if not any(parameter.requires_grad for parameter in tokenizer.parameters()):
-        raise UserError(f"stages[{number}].freeze: nothing is left to train")
-
-
-def make_discriminator(tokenizer: Tokenizer, recipe: Recipe) -> nn.Module | None:
-    """Make the discriminator of the stage that is wired, if anybody serves one."""
-    hooks = tokenizer.hooks
-    if not hooks.providers("make_discriminator"):
-        return None
-    discriminator = hooks.answer("make_discriminator", hooks.make_discriminator(), nn.Module)
-    names = [name for name, _ in discriminator.named_parameters()]
-    check_scale(recipe.discriminator_optim, names, "discriminator_optim.scale")
-    return discriminator
-
-
-def _check_watched(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
-    hooks = tokenizer.hooks
-    returned = {
-        name for hook in ("embedding_loss", "reconstruction_loss", "discriminator_loss")
-        for plugin in hooks.plugins(hook) for name in plugin.loss_names()
-    }
-    for name, plugin in zip(hooks.providers("stage_transition"), hooks.plugins("stage_transition"), strict=True):
-        for missing in set(plugin.watched_losses()) - returned:
-            raise UserError(
-                f"stages[{number}].hooks.stage_transition: {name} watches the loss {missing!r}, which nobody returns in stage "
-                f"{recipe.stages[number].name!r} (returned: {', '.join(sorted(returned)) or 'none'}); route it away with "
-                "stage_transition: []"
-            )
 
 
 @dataclass
@@ -109,24 +51,17 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, out: str | Path, resume: bool = False):
         self.recipe, self.out = recipe, Path(out)
-        self.accelerator = make_accelerator(recipe)
+        ready = prepare(recipe)
+        self.accelerator, self.kept = ready.accelerator, ready.kept
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
-        self.train_data, self.val_data = make_dataset(recipe.data, "train"), make_dataset(recipe.data, "val")
-        self.steps_per_epoch = epoch_length(recipe, self.train_data)
+        self.train_data, self.val_data = ready.train_data, ready.val_data
+        self.steps_per_epoch = ready.steps_per_epoch
         self.steps = self.steps_per_epoch * recipe.epochs
         self.counters = Counters()
         self.moments: Moments = {}
         self.discriminator_moments: Moments = {}
-
-        tokenizer = build(recipe)
-        if self.accelerator.num_processes > 1 and recipe.encoder.batch_norm == "train":
-            _refuse_unsynced(tokenizer.encoder)
-        if recipe.init_from:
-            init_from(tokenizer, recipe.init_from)
-        self.tokenizer = tokenizer.to(self.device)
-        self.discriminator = make_discriminator(tokenizer, recipe)
-        if self.discriminator is not None:
-            self.discriminator.to(self.device)
+        self.tokenizer = ready.tokenizer.to(self.device)
+        self.discriminator = ready.discriminator if ready.discriminator is None else ready.discriminator.to(self.device)
         self.ema = deepcopy(self.tokenizer).eval().requires_grad_(False) if recipe.ema else self.tokenizer
         saved = self._find_checkpoint(resume)
         if saved:
@@ -176,6 +111,8 @@ class Trainer:
         self.began = time.monotonic() - self.counters.seconds
         try:
             self.monitor.text("recipe", to_yaml(self.recipe))
+            if self.kept and not self.counters.step:
+                self.monitor.say(f"init_from {self.recipe.init_from} has no fitting tensor for {', '.join(self.kept)}", 0)
             self._begin_stage(resumed=self.counters.step > 0)
             while self.counters.epoch < self.recipe.epochs:
                 self._train_epoch()
@@ -574,11 +511,11 @@ class Trainer:
             tensors = {
                 "tokenizer": self.tokenizer.state_dict(),
                 "average": self.ema.state_dict(),
-                "optimizer": _flat(self.moments),
+                "optimizer": flat(self.moments),
             }
             if self.discriminator is not None:
                 tensors["discriminator"] = self.discriminator.state_dict()
-                tensors["discriminator_optimizer"] = _flat(self.discriminator_moments)
+                tensors["discriminator_optimizer"] = flat(self.discriminator_moments)
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             state = {"counters": vars(self.counters), "scaler": scaler, "versions": versions(list(self.recipe.plugins))}
             folder = self.out / "checkpoints"
@@ -591,10 +528,10 @@ class Trainer:
         self.tokenizer.load_state_dict(tensors["tokenizer"])
         if self.ema is not self.tokenizer:
             self.ema.load_state_dict(tensors["average"])
-        self.moments = _nested(tensors["optimizer"])
+        self.moments = nested(tensors["optimizer"])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(tensors["discriminator"])
-            self.discriminator_moments = _nested(tensors["discriminator_optimizer"])
+            self.discriminator_moments = nested(tensors["discriminator_optimizer"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -610,7 +547,14 @@ class Trainer:
                 "step": counters.step, "epoch": counters.epoch, "stage": self.stage, "transitions": counters.transitions,
                 "images_per_second": seen / counters.seconds, "seconds": counters.seconds, "finished": True,
             },
-            "card": metric_card(recipe, self.val_data, bad, self.accelerator),
+            "card": {
+                **card(recipe.data.name, self.val_data, recipe.data.resolution, bad),
+                "split": recipe.data.val,
+                "weights": f"moving average, decay {recipe.ema}" if recipe.ema else "as trained",
+                "seed": recipe.seed,
+                "hardware": hardware(self.device, self.accelerator.num_processes),
+                "versions": versions(list(recipe.plugins)),
+            },
         }
         if self.main:
             (self.out / "metrics.json").write_text(to_json(result))
@@ -620,24 +564,6 @@ class Trainer:
             self.monitor.scalars(metrics, counters.step, "final")
         self.accelerator.wait_for_everyone()
         return result
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Make the Accelerator of a recipe; a UserError where the hardware lacks its precision."""
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("precision: 'fp16' needs a GPU; use bf16 or no on this machine")
-    # Every process refreshes the codebook alike, so DDP must not broadcast buffers over it.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[ddp], cpu=not torch.cuda.is_available())
-
-
-def epoch_length(recipe: Recipe, dataset: Any) -> int:
-    """Return the optimizer steps of an epoch: `epoch_steps`, or one pass over the data."""
-    if recipe.epoch_steps:
-        return recipe.epoch_steps
-    if not hasattr(dataset, "__len__"):
-        raise UserError(f"epoch_steps: {recipe.data.name} is a stream without a length; set the steps of an epoch")
-    return max(1, len(dataset) // recipe.data.batch_size)
 
 
 def merge_losses(providers: list[str], found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -651,39 +577,6 @@ def merge_losses(providers: list[str], found: list[dict[str, Tensor]]) -> dict[s
     if not merged:
         raise PluginError(f"hook reconstruction_loss, served by {', '.join(providers)}, returned no loss")
     return merged
-
-
-def init_from(tokenizer: Tokenizer, folder: str) -> list[str]:
-    """Start from another run's weights: every tensor of the same name and shape is taken; return the names of the rest."""
-    source = Tokenizer.from_pretrained(folder).state_dict()
-    own = tokenizer.state_dict()
-    fitting = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
-    if not fitting:
-        raise UserError(f"init_from: {folder}: no tensor has the name and shape of one of this recipe's")
-    tokenizer.load_state_dict(fitting, strict=False)
-    return [name for name in own if name not in fitting]
-
-
-def metric_card(recipe: Recipe, dataset: Any, bad: list[str], accelerator: Accelerator) -> dict[str, Any]:
-    """Say how a run's numbers were made, so that they can be compared or refused."""
-    device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
-    return {
-        **PROTOCOL,
-        "weights": f"moving average, decay {recipe.ema}" if recipe.ema else "as trained",
-        "data": {"name": recipe.data.name, "split": recipe.data.val, "fingerprint": fingerprint(dataset)},
-        "resolution": list(recipe.data.resolution),
-        "files_left_out": bad,
-        "seed": recipe.seed,
-        "hardware": {"device": device, "processes": accelerator.num_processes, "threads": torch.get_num_threads(),
-                     "cores": os.cpu_count()},
-        "versions": versions(list(recipe.plugins)),
-    }
-
-
-def _refuse_unsynced(encoder: nn.Module) -> None:
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
-        raise UserError("encoder.batch_norm: 'train' would give each process statistics of its own; use 'sync' on GPUs or "
-                        "'frozen'")
 
 
 def _check_loss(total: Tensor, losses: dict[str, Tensor]) -> None:
@@ -703,13 +596,3 @@ def _mix(*numbers: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _flat(moments: Moments) -> dict[str, Tensor]:
-    return {f"{name}/{key}": value for name, state in moments.items() for key, value in state.items()}
-
-
-def _nested(flat: dict[str, Tensor]) -> Moments:
-    moments: Moments = {}
-    for full, value in flat.items():
-        name, _, key = full.rpartition("/")
-        moments.setdefault(name, {})[key] = value
-    return moments

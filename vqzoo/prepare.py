@@ -1,0 +1,125 @@
+"""Making ready: everything that a run needs, and everything that can be wrong with it, before the first step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+
+from vqzoo.data import ImageDataset, StreamDataset, make_dataset, train_batches
+from vqzoo.errors import UserError
+from vqzoo.hookspecs import REQUIRED
+from vqzoo.plugin import Progress
+from vqzoo.recipe import Recipe
+from vqzoo.stage import check_scale, stage_hooks
+from vqzoo.tokenizer import Tokenizer
+
+
+@dataclass
+class Prepared:
+    """Carry what a run starts from; `kept` names the tensors that `init_from` did not fill."""
+
+    accelerator: Accelerator
+    train_data: ImageDataset | StreamDataset
+    val_data: ImageDataset | StreamDataset
+    steps_per_epoch: int
+    tokenizer: Tokenizer
+    discriminator: nn.Module | None
+    kept: list[str]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Open the data and build the networks of a recipe; a UserError names whatever could not work."""
+    accelerator = make_accelerator(recipe)
+    train, val = make_dataset(recipe.data, "train"), make_dataset(recipe.data, "val")
+    steps = epoch_length(recipe, train)
+    train_batches(recipe.data, train, recipe.seed, 0, 0, accelerator.num_processes, recipe.accumulate).close()
+    tokenizer = build(recipe)
+    if accelerator.num_processes > 1 and recipe.encoder.batch_norm == "train":
+        _refuse_unsynced(tokenizer.encoder)
+    kept = init_from(tokenizer, recipe.init_from) if recipe.init_from else []
+    return Prepared(accelerator, train, val, steps, tokenizer, make_discriminator(tokenizer, recipe), kept)
+
+
+def build(recipe: Recipe) -> Tokenizer:
+    """Build a recipe's tokenizer and prove that every one of its stages can be wired; the first stage is left wired."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = Tokenizer.from_recipe(recipe, required=("make_codebook",))
+    check_scale(recipe.optim, [name for name, _ in tokenizer.named_parameters()])
+    for number in reversed(range(len(recipe.stages))):
+        enter(tokenizer, recipe, number)
+        _rehearse(tokenizer, recipe, number)
+    return tokenizer
+
+
+def enter(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
+    """Bind the hooks of a stage and freeze what it freezes."""
+    stage = recipe.stages[number]
+    where = f"stages[{number}].hooks" if stage.hooks else "hooks"
+    tokenizer.wire(stage_hooks(recipe, stage), where, REQUIRED)
+    tokenizer.freeze(stage.freeze)
+    if tokenizer.hooks.providers("discriminator_loss") and not tokenizer.hooks.providers("make_discriminator"):
+        raise UserError(f"{where}.discriminator_loss: there is no discriminator; nobody serves make_discriminator")
+    if not any(parameter.requires_grad for parameter in tokenizer.parameters()):
+        raise UserError(f"stages[{number}].freeze: nothing is left to train")
+
+
+def make_discriminator(tokenizer: Tokenizer, recipe: Recipe) -> nn.Module | None:
+    """Make the discriminator of the stage that is wired, if anybody serves one."""
+    hooks = tokenizer.hooks
+    if not hooks.providers("make_discriminator"):
+        return None
+    discriminator = hooks.answer("make_discriminator", hooks.make_discriminator(), nn.Module)
+    names = [name for name, _ in discriminator.named_parameters()]
+    check_scale(recipe.discriminator_optim, names, "discriminator_optim.scale")
+    return discriminator
+
+
+def _rehearse(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
+    """Refuse a stage in which a plugin watches a loss that nobody returns."""
+    hooks, stage = tokenizer.hooks, recipe.stages[number].name
+    returned = tokenizer.rehearse(Progress(0, 0, stage, 0, 0, 1))
+    for hook in ("reconstruction_loss", "discriminator_loss"):
+        returned |= {name for plugin in hooks.plugins(hook) for name in plugin.loss_names()}
+    for name, plugin in zip(hooks.providers("stage_transition"), hooks.plugins("stage_transition"), strict=True):
+        for missing in set(plugin.watched_losses()) - returned:
+            raise UserError(
+                f"stages[{number}].hooks.stage_transition: {name} watches the loss {missing!r}, which nobody returns in stage "
+                f"{stage!r} (returned: {', '.join(sorted(returned)) or 'none'}); route it away with stage_transition: []"
+            )
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Make the Accelerator of a recipe; a UserError where the hardware lacks its precision."""
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision: 'fp16' needs a GPU; use bf16 or no on this machine")
+    # Every process refreshes the codebook alike, so DDP must not broadcast buffers over it.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[ddp], cpu=not torch.cuda.is_available())
+
+
+def epoch_length(recipe: Recipe, dataset: Any) -> int:
+    """Return the optimizer steps of an epoch: `epoch_steps`, or one pass over the data."""
+    if recipe.epoch_steps:
+        return recipe.epoch_steps
+    if not hasattr(dataset, "__len__"):
+        raise UserError(f"epoch_steps: {recipe.data.name} is a stream without a length; set the steps of an epoch")
+    return max(1, len(dataset) // recipe.data.batch_size)
+
+
+def init_from(tokenizer: Tokenizer, folder: str) -> list[str]:
+    """Start from another run's weights: every tensor of the same name and shape is taken; return the names of the rest."""
+    source = Tokenizer.from_pretrained(folder).state_dict()
+    own = tokenizer.state_dict()
+    fitting = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise UserError(f"init_from: {folder}: no tensor has the name and shape of one of this recipe's")
+    tokenizer.load_state_dict(fitting, strict=False)
+    return [name for name in own if name not in fitting]
+
+
+def _refuse_unsynced(encoder: nn.Module) -> None:
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
+        raise UserError("encoder.batch_norm: 'train' would give each process statistics of its own; use 'sync' on GPUs or "
+                        "'frozen'")
