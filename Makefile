@@ -17,4 +17,4 @@ quickstart: .venv/installed
 
 test: .venv/installed-test
 	.venv/bin/ruff check .
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vqzoo import Tokenizer
+from vqzoo import Tokenizer, cli
 from vqzoo.cli import main
 from vqzoo.data import load_image, to_images
 from vqzoo.metrics import to_bytes
@@ -493,3 +493,13 @@ def test_tokens_cannot_place_a_picture_outside_the_folder(refused, trained, tmp_
 def test_a_folder_that_cannot_be_written_is_told_by_decode(refused, trained, tmp_path, recipe):
     save_file({"photo": torch.zeros(4, 4, dtype=torch.int32)}, tmp_path / "tokens.safetensors")
     refused(["decode", trained.folder, "tokens.safetensors", "--out", recipe / "d"], f"--out: {recipe / 'd'} cannot be written")
+
+
+def test_without_out_a_run_never_lands_in_another_runs_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli._default_folder("quickstart", resume=False) == cli._default_folder("quickstart", resume=True)
+    for name, following in (("quickstart", "quickstart-2"), ("quickstart-2", "quickstart-3")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "recipe.yaml").touch()
+        assert cli._default_folder("quickstart", resume=False) == Path("runs") / following
+        assert cli._default_folder("quickstart", resume=True) == Path("runs") / name

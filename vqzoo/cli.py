@@ -1,6 +1,7 @@
 """The command line: run, check, eval, encode, decode, plugins."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     for made in (run, check):
         made.add_argument("recipe")
         made.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4 or stages[0].epochs=3")
-    run.add_argument("--out", help="the run's folder; by default runs/RECIPE")
+    run.add_argument("--out", help="the run's folder; by default runs/RECIPE, then runs/RECIPE-2, ...")
     run.add_argument("--resume", action="store_true", help="continue the run in that folder")
 
     score = command("eval", _eval, "measure a tokenizer on a folder of images")
@@ -80,7 +81,7 @@ def _run(options: argparse.Namespace) -> None:
     from vqzoo.trainer import Trainer
 
     recipe = load_recipe(options.recipe, options.overrides)
-    out = Path(options.out or Path("runs") / Path(options.recipe).stem)
+    out = Path(options.out) if options.out else _default_folder(Path(options.recipe).stem, options.resume)
     trainer = Trainer(recipe, out, options.resume)
     result = trainer.run()
     if not trainer.main:
@@ -91,6 +92,15 @@ def _run(options: argparse.Namespace) -> None:
     print(f"\n  reconstructions  {out / 'reconstructions.png'}\n  TensorBoard      {out / 'tensorboard'}"
           f"\n  tokenizer        {out / 'tokenizer'}\n  all numbers      {out / 'metrics.json'}\n")
     print(NEXT.format(out=out))
+
+
+def _default_folder(name: str, resume: bool) -> Path:
+    """Return runs/NAME, or the first of runs/NAME-2, … that holds no run; to resume, the last one that does."""
+    last, folder = None, Path("runs") / name
+    for number in itertools.count(2):
+        if not (folder / "recipe.yaml").exists():
+            return last if resume and last else folder
+        last, folder = folder, Path("runs") / f"{name}-{number}"
 
 
 def _check(options: argparse.Namespace) -> None:

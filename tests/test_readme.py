@@ -1,0 +1,109 @@
+"""README's first screen is true: its plugin trains, its commands run, its table is the zoo."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import vqzoo
+from vqzoo import cli, manager
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+TINY = """
+epochs: 1
+epoch_steps: 2
+data: {name: photos, resolution: [32, 32], batch_size: 8, workers: 0}
+encoder: {stride: 4, args: {width: 8, mult: [1], blocks: 1, patch: 4}}
+decoder: {args: {width: 8, mult: [1], blocks: 1, patch: 4}}
+codebook: {size: 16, width: 8}
+log: {images: 2, drift_images: 2}
+"""
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(start):
+    return [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.startswith(start)]
+
+
+def test_the_plugin_of_the_readme_trains(tmp_path, monkeypatch):
+    source = next(block for block in blocks("python") if "hookimpl" in block)
+    body = [line for line in source.split('"""')[-1].splitlines() if line.strip()]
+    assert len(body) <= 15
+    module = types.ModuleType("cosine_for_readme")
+    exec(compile(source, "README.md", "exec"), vars(module))
+    module.Cosine.__module__ = module.__name__
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    real = importlib.metadata.entry_points
+    mine = importlib.metadata.EntryPoint("cosine", f"{module.__name__}:Cosine", manager.GROUP)
+    monkeypatch.setattr(manager, "entry_points", lambda group: [*real(group=group), mine])
+    recipe = tmp_path / "cosine.yaml"
+    plugins = re.search(r"plugins: \{vq: \{\}, cosine: \{\}, pixel: \{\}\}", README)
+    recipe.write_text(TINY + plugins.group())
+    assert cli.main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    assert vqzoo.Tokenizer.from_pretrained(tmp_path / "run").hooks.providers("quantize") == ["cosine"]
+
+
+def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY + "plugins: {vq: {}, nsvq: {}, pixel: {}}\n")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 50), "teal").save(tmp_path / "photos" / "teal.png")
+    names = {"RECIPE": "tiny.yaml", "[key=value ...]": "seed=1", "[--out DIR]": "--out run", "[--resume]": "",
+             "[--json]": "--json", "RUN_OR_TOKENIZER": "run", "--data DIR": "--data photos",
+             "[--json FILE]": "--json scores.json",
+             "IMAGES...": "photos/teal.png", "--out DIR": "--out decoded"}
+    lines = commands("vqzoo ")
+    assert [line.split()[1] for line in lines] == ["run", "check", "eval", "encode", "decode", "plugins"]
+    for line in lines:
+        for placeholder, value in names.items():
+            line = line.replace(placeholder, value)
+        assert cli.main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert {"recipe.yaml", "metrics.json", "reconstructions.png", "tensorboard", "checkpoints", "tokenizer"} == {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    assert (tmp_path / "scores.json").is_file() and (tmp_path / "decoded" / "teal.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "module", "processes"),
+    [("accelerate ", "accelerate.commands.accelerate_cli", 1), ("torchrun ", "torch.distributed.run", 2)],
+)
+def test_the_launchers_of_the_readme_launch(launcher, module, processes, tmp_path):
+    (line,) = commands(launcher)
+    (tmp_path / "tiny.yaml").write_text(TINY + "plugins: {vq: {}, nsvq: {}, pixel: {}}\n")
+    words = [sys.executable, "-m", module, *shlex.split(line.replace("RECIPE", "tiny.yaml"))[1:], "--out", "run"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["card"]["hardware"]["processes"] == processes
+
+
+def test_the_setup_commands_are_what_make_does():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("quickstart", "test"):
+        assert f"make {target}" in README and re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+    assert "vqzoo run recipes/quickstart.yaml" in makefile and "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "pip install -e . && vqzoo run quickstart" in README and "pip install -e '.[test]' && pytest" in README
+
+
+def test_the_table_is_the_zoo():
+    table = README.split("## The zoo")[1].split("\n## ")[0]
+    mine = {name for name, source in manager.available().items() if source.distribution == "vqzoo"}
+    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == mine
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)]+)\)", README))
+def test_links_to_files_lead_somewhere(path):
+    assert (ROOT / path).exists()
