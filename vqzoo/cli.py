@@ -33,7 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (NonFiniteError, PluginError) as error:
         print(f"vqzoo: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    finally:
+        _leave_group()
     return 0
+
+
+def _leave_group() -> None:
+    """Leave the group of processes, if `run` joined one, so that none waits for another at exit."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _parser() -> argparse.ArgumentParser:

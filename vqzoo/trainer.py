@@ -84,15 +84,18 @@ class Trainer:
         return saved
 
     def _claim_folder(self) -> None:
+        """Write the resolved recipe; a folder that cannot be written is a UserError on every process."""
         self.accelerator.wait_for_everyone()  # every process has looked before the main one writes
-        if not self.main:
-            return
+        problem = ""
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            recipe = replace(self.recipe, versions=versions(list(self.recipe.plugins)))
-            (self.out / "recipe.yaml").write_text(to_yaml(recipe))
+            if self.main:
+                self.out.mkdir(parents=True, exist_ok=True)
+                recipe = replace(self.recipe, versions=versions(list(self.recipe.plugins)))
+                (self.out / "recipe.yaml").write_text(to_yaml(recipe))
         except OSError as error:
-            raise UserError(f"--out: {self.out} cannot be written: {error}") from error
+            problem = f": {error}"
+        if all_reduce_sum(torch.tensor(float(bool(problem)), device=self.device)):
+            raise UserError(f"--out: {self.out} cannot be written{problem}")
 
     def _training_stream(self) -> Iterator[Batch]:
         recipe = self.recipe
@@ -365,7 +368,7 @@ class Trainer:
         if not hooks.providers("refresh_codes"):
             return
         if progress.ends_epoch:
-            progress = replace(progress, means=MappingProxyType(self._epoch_means()))
+            progress = replace(progress, means=MappingProxyType(self._means(self.epoch_losses, self.steps_per_epoch)))
         asked = {name: hooks.asks_for("refresh_codes", name) for name in ("latents", "indices", "extras")}
         replaced = hooks.refresh_codes(
             codebook=codebook,
@@ -407,12 +410,13 @@ class Trainer:
 
     # ---- an epoch's end
 
-    def _epoch_means(self) -> dict[str, float]:
-        if not self.epoch_losses:
+    def _means(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
+        """Return the mean of each loss over steps and processes; called by every process."""
+        if not sums:
             return {}
-        sums = torch.stack([torch.as_tensor(value, device=self.device) for value in self.epoch_losses.values()])
-        sums = all_reduce_sum(sums) / (self.steps_per_epoch * self.accelerator.num_processes)
-        return dict(zip(self.epoch_losses, sums.tolist(), strict=True))
+        joined = torch.stack([torch.as_tensor(value, device=self.device) for value in sums.values()])
+        means = all_reduce_sum(joined) / (steps * self.accelerator.num_processes)
+        return dict(zip(sums, means.tolist(), strict=True))
 
     def _end_epoch(self) -> None:
         counters = self.counters
@@ -431,7 +435,7 @@ class Trainer:
     def _stage_is_over(self) -> str | None:
         """Return why the stage ends with this epoch, or None."""
         counters = self.counters
-        progress = replace(self._progress(True), means=MappingProxyType(self._epoch_means()))
+        progress = replace(self._progress(True), means=MappingProxyType(self._means(self.epoch_losses, self.steps_per_epoch)))
         answers = [a for a in self.tokenizer.hooks.stage_transition(stage=self.stage, progress=progress) if a]
         if answers:
             return "; ".join(a if isinstance(a, str) else "a plugin ended it" for a in answers)
@@ -463,7 +467,7 @@ class Trainer:
         self.recent_steps += 1
         if counters.step % log.steps and done < self.steps_per_epoch:
             return
-        losses = {name: float(value) / self.recent_steps for name, value in self.recent_losses.items()}
+        losses = self._means(self.recent_losses, self.recent_steps)
         seconds = time.monotonic() - self.logged_at
         if self.main:
             share = float(usage(self.epoch_counts)) if self.epoch_counts.any() else None
