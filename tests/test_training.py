@@ -192,7 +192,7 @@ def test_tensorboard_has_what_is_promised(finished):
         "train/images_per_second", "train/peak_mib", "codes/usage", "codes/perplexity", "codes/dead", "codes/replaced",
         "held_out/psnr", "drift/encoder_drift", "drift/assignment_churn",
     } <= scalars
-    assert found.Tags()["histograms"] == ["codes/assignments_per_code"]
+    assert found.Tags()["histograms"] == ["codes/log10_of_1_plus_assignments"]
     assert len(found.Images("reconstructions")) == 3  # after epochs 2 and 4 and at the end
     text = " ".join(e.tensor_proto.string_val[0].decode() for e in found.Tensors("events/text_summary"))
     assert "joint → warm-up" in text and "warm-up → refine" in text

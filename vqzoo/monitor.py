@@ -91,10 +91,11 @@ class Monitor:
             self.writer.add_scalar(f"{group}/{name}" if group else name, value, step)
 
     def codes(self, counts: Tensor, step: int) -> None:
-        """Write an epoch's usage: its histogram over codes, and the number of dead codes."""
+        """Write an epoch's usage: how many codes have how many assignments, and the number of dead codes."""
         if not self.enabled:
             return
-        self.writer.add_histogram("codes/assignments_per_code", counts.cpu(), step)
+        # A few codes have most of the assignments, so only their logarithm shows the rest; dead codes stand at 0.
+        self.writer.add_histogram("codes/log10_of_1_plus_assignments", (1 + counts).double().log10().cpu(), step)
         self.writer.add_scalar("codes/dead", int((counts == 0).sum()), step)
 
     def picture(self, name: str, panel: Tensor, step: int) -> None:
