@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vqzoo import Plugin, hookimpl
-from vqzoo.ops import code_usage, gather_rows, nearest_codes
+from vqzoo.ops import broadcast, code_usage, gather_rows, nearest_codes
 
 
 class KMeans(Plugin):
@@ -41,7 +41,7 @@ class KMeans(Plugin):
         return torch.cat(parts)
 
     def cluster(self, latents, size, generator):
-        """Return the centres [K, D] after Lloyd's iterations; every process computes the same."""
+        """Return the centres [K, D] after Lloyd's iterations, the first process's everywhere: GPUs round sums as they come."""
         device = latents.device
         order = torch.randperm(len(latents), generator=generator, device=device)
         centres = latents[order[:size]].clone()
@@ -51,4 +51,4 @@ class KMeans(Plugin):
             sums = torch.zeros_like(centres).index_add_(0, indices, latents)
             restart = latents[torch.randint(len(latents), (size,), generator=generator, device=device)]
             centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], restart)
-        return centres
+        return broadcast(centres)

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from vqzoo import manager
+from vqzoo.recipe import load_recipe
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +39,22 @@ def tiny_runs():
     AcceleratorState._reset_state(True)
     gc.unfreeze()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def listeners():
+    """The probe's listeners of one test, by hook."""
+    yield plugins_for_tests.Probe.listeners
+    plugins_for_tests.Probe.listeners.clear()
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_runs, small_photos, tmp_path_factory):
+    """Load a recipe's text with overrides."""
+    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+
+    def load(text, *overrides):
+        path.write_text(text.replace("ROOT", str(small_photos)))
+        return load_recipe(str(path), list(overrides))
+
+    return load

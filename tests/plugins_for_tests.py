@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vqzoo import Plugin, hookimpl, manager
+from vqzoo import Plugin, Quantized, hookimpl, manager
 
-CLASSES = {"probe": "Probe", "adversary": "Adversary", "idle": "Idle", "recorder": "Recorder"}
+CLASSES = {"probe": "Probe", "adversary": "Adversary", "idle": "Idle", "recorder": "Recorder", "rival": "Rival"}
 
 
 @functools.cache
@@ -98,6 +98,19 @@ class Adversary(Plugin):
             sizes = [torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (losses[0]["l1"], adversarial)]
             weight = weight * (sizes[0] / (sizes[1] + 1e-4)).clamp(max=100).detach()
         return [*losses, {"adversarial": weight * adversarial}]
+
+
+class Rival(Plugin):
+    """Offer a search and an estimator, as a third party's method would."""
+
+    @hookimpl
+    def quantize(self, latents, codebook):
+        indices = torch.cdist(latents.flatten(0, 1), codebook.vectors()).argmin(1).view(latents.shape[:2])
+        return Quantized(codebook.lookup(indices), indices)
+
+    @hookimpl
+    def straight_through(self, latents, codes):
+        return latents + (codes - latents).detach()
 
 
 class Idle(Plugin):

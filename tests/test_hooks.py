@@ -95,7 +95,7 @@ class Watcher(Plugin):
 def wired(routing=None, required=(), **kinds):
     """Wire plugins given by name and class; return the hooks and the plugins."""
     plugins = {name: kind(kind.Config()) for name, kind in kinds.items()}
-    return Hooks(make_manager(plugins), routing or {}, "hooks", required), plugins
+    return Hooks(make_manager(plugins), routing or {}, required=required), plugins
 
 
 def refusal(routing=None, required=(), **kinds):
@@ -140,7 +140,11 @@ def recipe(*plugins, hooks=None, stages=None):
 
 
 def tokenizer(*plugins, **options):
-    return Tokenizer.from_recipe(recipe(*plugins, **options))
+    """Make a tokenizer wired for training; `pixel` is added, since nothing trains without a reconstruction loss."""
+    made = recipe(*dict.fromkeys((*plugins, "pixel")), **options)
+    one = Tokenizer.from_recipe(made)
+    one.wire(made.hooks, {})
+    return one
 
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
@@ -476,7 +480,7 @@ def test_a_copy_of_a_tokenizer_calls_its_own_plugins(install):
 
 def test_a_copy_keeps_the_wiring_of_the_stage():
     one = tokenizer("vq", "nsvq", "pixel")
-    one.wire({"embedding_loss": ["vq"], "refresh_codes": []}, "stages[1].hooks", REQUIRED)
+    one.wire({"embedding_loss": ["vq"], "refresh_codes": []}, {})
     one.freeze(["encoder.*"])
     other = copy.deepcopy(one)
     assert other.hooks.providers("embedding_loss") == ["vq"] and other.hooks.providers("refresh_codes") == []
@@ -486,12 +490,12 @@ def test_a_copy_keeps_the_wiring_of_the_stage():
 def test_wiring_again_replaces_the_routing_and_its_key_is_named():
     one = tokenizer("vq", "nsvq", "simvq", "pixel")
     assert one.hooks.providers("embedding_loss") == ["nsvq", "simvq"]
-    one.wire({"embedding_loss": ["vq"]}, "stages[2].hooks", REQUIRED)
+    one.wire({"embedding_loss": ["vq"]}, {})
     assert one.hooks.providers("embedding_loss") == ["vq"] and one.hooks.providers("refresh_codes") == ["nsvq"]
-    one.wire({}, "hooks", REQUIRED)
+    one.wire({}, {})
     assert one.hooks.providers("embedding_loss") == ["nsvq", "simvq"]
     with pytest.raises(UserError, match=r"^stages\[2\].hooks.quantize: 'nsvq' does not offer quantize"):
-        one.wire({"quantize": ["nsvq"]}, "stages[2].hooks", REQUIRED)
+        one.wire({"quantize": ["nsvq"]}, {"quantize": "stages[2].hooks.quantize"})
 
 
 def test_a_stage_overrides_the_recipe_hook_by_hook():
@@ -554,7 +558,7 @@ def test_freezing_the_codebook_while_it_is_refreshed_is_refused(pattern):
     one = tokenizer("vq", "nsvq", "pixel")
     with pytest.raises(UserError, match="refresh_codes of nsvq"):
         one.freeze([pattern])
-    one.wire({"refresh_codes": []}, "hooks", REQUIRED)
+    one.wire({"refresh_codes": []}, {})
     one.freeze([pattern])
     assert not one.codebook.weight.requires_grad
 
@@ -620,7 +624,7 @@ class Noisy(Plugin):
 def test_the_rehearsal_changes_no_buffer_and_no_random_state(install):
     install(noisy=Noisy)
     one = tokenizer("vq", "noisy", "pixel")
-    one.wire({}, "hooks", REQUIRED)
+    one.wire({}, {})
     before = torch.random.get_rng_state()
     assert one.rehearse(Progress(0, 0, "joint", 0, 0, 1)) == {"codebook", "commitment"}
     assert torch.equal(torch.random.get_rng_state(), before) and int(one.plugins["noisy"].calls) == 0

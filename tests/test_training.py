@@ -20,6 +20,7 @@ from vqzoo.recipe import OptimConfig, load_recipe
 from vqzoo.stage import learning_rate_factor
 from vqzoo.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("listeners")
 STEPS_PER_EPOCH = 2  # 16 images in batches of 8
 COMMON = """
 ema: 0.9
@@ -61,25 +62,6 @@ stages:
      hooks: {embedding_loss: [vq], stage_transition: [], reconstruction_loss: [pixel], discriminator_loss: []}}
   - {name: refine, freeze: ["encoder.*"], hooks: {embedding_loss: [vq], stage_transition: []}}
 """
-
-
-@pytest.fixture(autouse=True)
-def listeners():
-    """The probe's listeners of one test, by hook."""
-    yield Probe.listeners
-    Probe.listeners.clear()
-
-
-@pytest.fixture(scope="module")
-def recipe(tiny_runs, small_photos, tmp_path_factory):
-    """Load a recipe's text with overrides."""
-    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
-
-    def load(text, *overrides):
-        path.write_text(text.replace("ROOT", str(small_photos)))
-        return load_recipe(str(path), list(overrides))
-
-    return load
 
 
 def state(module):

@@ -22,7 +22,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     target, partial = folder / f"step_{step:09d}", folder / f".partial_{step:09d}"
-    shutil.rmtree(partial, ignore_errors=True)
+    for old in folder.glob(".partial_*"):
+        shutil.rmtree(old, ignore_errors=True)
     partial.mkdir()
     hashes = {}
     for name, content in tensors.items():
@@ -50,14 +51,27 @@ def latest(folder: Path) -> Path | None:
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a checkpoint; a UserError names a file that is missing or damaged."""
-    state = json.loads((path / MANIFEST).read_text())
+    try:
+        state = json.loads((path / MANIFEST).read_text())
+        hashes = dict(state["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"not a checkpoint's state: {error!r}; remove {path} to use an earlier one"
+        raise UserError(f"{path / MANIFEST}: {problem}") from error
     tensors = {}
-    for name, expected in state["sha256"].items():
+    for name, expected in hashes.items():
         file = path / name
         if not file.is_file() or _sha256(file) != expected:
             raise UserError(f"{file}: missing or damaged; remove {path} to continue from an earlier checkpoint")
         tensors[file.stem] = load_file(file)
     return tensors, state
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(f".partial_{path.name}")
+    partial.write_text(text)
+    _flush(partial)
+    partial.rename(path)
 
 
 def _complete(folder: Path) -> list[tuple[int, Path]]:

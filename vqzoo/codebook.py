@@ -24,7 +24,7 @@ class Codebook(nn.Module):
         self.size, self.width, self.latent_width = size, width, latent_width or width
         self._cached: Tensor | None = None
         self._caching = False
-        self._replaced: list[tuple[Tensor, Tensor, bool]] = []
+        self._replaced: list[tuple[Tensor, bool]] = []
 
     def compute_vectors(self) -> Tensor:
         """Return all codes [K, D] in float32 with their graph; called with autocast off."""
@@ -64,10 +64,10 @@ class Codebook(nn.Module):
             raise UserError(f"{type(self).__name__} is implicit: its codes cannot be overwritten, as a plugin wants")
         self.write(rows, vectors)
         self._cached = None
-        self._replaced.append((rows, vectors, smooth))
+        self._replaced.append((rows, smooth))
 
-    def take_replaced(self) -> list[tuple[Tensor, Tensor, bool]]:
-        """Return (rows, vectors, smooth) of every `replace_` since the last call; for the host."""
+    def take_replaced(self) -> list[tuple[Tensor, bool]]:
+        """Return (rows, smooth) of every `replace_` since the last call; for the host."""
         replaced, self._replaced = self._replaced, []
         return replaced
 

@@ -21,6 +21,9 @@ many = hookspec
 REQUIRED = ("make_codebook", "quantize", "straight_through", "embedding_loss", "reconstruction_loss")
 """The hooks without whose provider nothing can be trained."""
 
+ONCE = ("make_codebook", "make_discriminator")
+"""The hooks that are asked once, before the first stage, and so are routed for the whole run."""
+
 
 @one
 def make_codebook(size: int, width: int) -> Any:

@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import Any
 
 import pluggy
@@ -14,6 +15,7 @@ from pluggy import HookImpl
 
 from vqzoo import hookspecs
 from vqzoo.errors import PluginError, UserError, suggestion
+from vqzoo.hookspecs import REQUIRED
 from vqzoo.plugin import Plugin
 
 GROUP = "vqzoo"
@@ -112,32 +114,36 @@ def all_hooks(manager: pluggy.PluginManager) -> list[pluggy.HookCaller]:
 
 
 class Hooks:
-    """The hooks of one stage, each bound to who serves it there.
+    """Hooks, each bound to who serves it: all of them for a stage of training, or those that `serve` names.
 
-    `routing` maps a hook's name to the plugins that may serve it, wrappers included. Raises UserError, with the recipe's
-    key, for an unknown hook or plugin, two rivals, and a required hook that nobody serves; `required` may narrow the
-    required ones.
+    `routing` maps a hook's name to the plugins that may serve it, wrappers included; `keys` says where in the recipe that
+    stands, if not under `hooks`. Raises UserError, naming the key, for an unknown hook or plugin, two rivals, and a
+    `required` hook that nobody serves. A hook outside `serve` is bound to nobody.
     """
 
     def __init__(
         self,
         manager: pluggy.PluginManager,
         routing: Mapping[str, Iterable[str]],
-        where: str = "hooks",
-        required: Iterable[str] = hookspecs.REQUIRED,
+        keys: Mapping[str, str] = MappingProxyType({}),
+        serve: Iterable[str] | None = None,
+        required: Iterable[str] = REQUIRED,
     ):
         self._callers: dict[str, Any] = {}
         self._bound: dict[str, list[HookImpl]] = {}
         hooks = {hook.name: hook for hook in all_hooks(manager)}
+        order = [name for name, _ in manager.list_name_plugin()][::-1]
         for name in routing:
             if name not in hooks:
-                raise UserError(f"{where}.{name}: there is no such hook; {suggestion(name, hooks)}")
+                raise UserError(f"{keys.get(name, f'hooks.{name}')}: there is no such hook; {suggestion(name, hooks)}")
         for name, hook in hooks.items():
-            router = _Router(hook, f"{where}.{name}", [n for n, _ in manager.list_name_plugin()][::-1])
-            chosen = router.choose(None if name not in routing else list(routing[name]), name in required)
+            chosen = []
+            if serve is None or name in serve:
+                router = _Router(hook, keys.get(name, f"hooks.{name}"), order)
+                chosen = router.choose(None if name not in routing else list(routing[name]), name in required)
             others = [impl.plugin for impl in hook.get_hookimpls() if impl not in chosen]
             self._callers[name] = manager.subset_hook_caller(name, others)
-            self._bound[name] = sorted(chosen, key=lambda impl: router.order.index(impl.plugin_name))
+            self._bound[name] = sorted(chosen, key=lambda impl: order.index(impl.plugin_name))
 
     def providers(self, name: str) -> list[str]:
         """Return the names of the plugins bound to a hook, wrappers included, in the recipe's order."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vqzoo.data import Batch, ImageDataset, StreamDataset, fingerprint, to_images
-from vqzoo.ops import all_reduce_sum, code_usage, perplexity, usage
+from vqzoo.ops import all_reduce_sum, code_usage, gather_names, perplexity, usage
 from vqzoo.tokenizer import Tokenizer
 
 PROTOCOL = {
@@ -114,7 +114,7 @@ def evaluate(tokenizer: Tokenizer, batches: Iterable[Batch], device: torch.devic
     for batch in batches:
         evaluation.add(batch)
     tokenizer.train(mode)
-    return dict(evaluation.results()), evaluation.bad
+    return dict(evaluation.results()), gather_names(evaluation.bad)
 
 
 def to_json(content: Any) -> str:

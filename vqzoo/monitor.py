@@ -46,12 +46,12 @@ class Drift:
 class Monitor:
     """Show one process's run; on every process but the main one it stays silent."""
 
-    def __init__(self, folder: Path, steps: int, step: int, enabled: bool):
+    def __init__(self, folder: Path, steps: int, step: int, resumed: bool, enabled: bool):
         self.enabled = enabled
         self.bar = self.writer = None
         if not enabled:
             return
-        self.writer = SummaryWriter(folder, purge_step=step or None)
+        self.writer = SummaryWriter(folder, purge_step=step + 1 if resumed else 0)
         if sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
         self.steps, self.first, self.began = steps, step, time.monotonic()

@@ -9,7 +9,7 @@ from torch import nn
 
 from vqzoo.data import ImageDataset, StreamDataset, make_dataset, train_batches
 from vqzoo.errors import UserError
-from vqzoo.hookspecs import REQUIRED
+from vqzoo.hookspecs import ONCE
 from vqzoo.plugin import Progress
 from vqzoo.recipe import Recipe
 from vqzoo.stage import check_scale, stage_hooks
@@ -36,8 +36,8 @@ def prepare(recipe: Recipe) -> Prepared:
     steps = epoch_length(recipe, train)
     train_batches(recipe.data, train, recipe.seed, 0, 0, accelerator.num_processes, recipe.accumulate).close()
     tokenizer = build(recipe)
-    if accelerator.num_processes > 1 and recipe.encoder.batch_norm == "train":
-        _refuse_unsynced(tokenizer.encoder)
+    if accelerator.num_processes > 1:
+        _check_batch_norm(tokenizer.encoder, recipe.encoder.batch_norm, accelerator.device)
     kept = init_from(tokenizer, recipe.init_from) if recipe.init_from else []
     return Prepared(accelerator, train, val, steps, tokenizer, make_discriminator(tokenizer, recipe), kept)
 
@@ -45,7 +45,8 @@ def prepare(recipe: Recipe) -> Prepared:
 def build(recipe: Recipe) -> Tokenizer:
     """Build a recipe's tokenizer and prove that every one of its stages can be wired; the first stage is left wired."""
     torch.manual_seed(recipe.seed)
-    tokenizer = Tokenizer.from_recipe(recipe, required=("make_codebook",))
+    tokenizer = Tokenizer.from_recipe(recipe)
+    tokenizer.rehearse_networks()
     check_scale(recipe.optim, [name for name, _ in tokenizer.named_parameters()])
     for number in reversed(range(len(recipe.stages))):
         enter(tokenizer, recipe, number)
@@ -56,11 +57,14 @@ def build(recipe: Recipe) -> Tokenizer:
 def enter(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
     """Bind the hooks of a stage and freeze what it freezes."""
     stage = recipe.stages[number]
-    where = f"stages[{number}].hooks" if stage.hooks else "hooks"
-    tokenizer.wire(stage_hooks(recipe, stage), where, REQUIRED)
-    tokenizer.freeze(stage.freeze)
+    keys = {name: f"stages[{number}].hooks.{name}" for name in stage.hooks}
+    for name in set(ONCE) & set(keys):
+        raise UserError(f"{keys[name]}: this hook is asked once, before the first stage; route it under the recipe's `hooks`")
+    tokenizer.wire(stage_hooks(recipe, stage), keys)
+    tokenizer.freeze(stage.freeze, f"stages[{number}].freeze")
     if tokenizer.hooks.providers("discriminator_loss") and not tokenizer.hooks.providers("make_discriminator"):
-        raise UserError(f"{where}.discriminator_loss: there is no discriminator; nobody serves make_discriminator")
+        raise UserError(f"{keys.get('discriminator_loss', 'hooks.discriminator_loss')}: there is no discriminator; nobody "
+                        "serves make_discriminator")
     if not any(parameter.requires_grad for parameter in tokenizer.parameters()):
         raise UserError(f"stages[{number}].freeze: nothing is left to train")
 
@@ -96,7 +100,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise UserError("precision: 'fp16' needs a GPU; use bf16 or no on this machine")
     # Every process refreshes the codebook alike, so DDP must not broadcast buffers over it.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[ddp], cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[ddp], cpu=not torch.cuda.is_available())
+    accelerator.gradient_accumulation_steps = 1  # the recipe's `accumulate` counts, not the launcher's environment
+    return accelerator
 
 
 def epoch_length(recipe: Recipe, dataset: Any) -> int:
@@ -110,7 +116,10 @@ def epoch_length(recipe: Recipe, dataset: Any) -> int:
 
 def init_from(tokenizer: Tokenizer, folder: str) -> list[str]:
     """Start from another run's weights: every tensor of the same name and shape is taken; return the names of the rest."""
-    source = Tokenizer.from_pretrained(folder).state_dict()
+    try:
+        source = Tokenizer.from_pretrained(folder).state_dict()
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from error
     own = tokenizer.state_dict()
     fitting = {name: value for name, value in source.items() if name in own and own[name].shape == value.shape}
     if not fitting:
@@ -119,7 +128,11 @@ def init_from(tokenizer: Tokenizer, folder: str) -> list[str]:
     return [name for name in own if name not in fitting]
 
 
-def _refuse_unsynced(encoder: nn.Module) -> None:
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
+def _check_batch_norm(encoder: nn.Module, choice: str, device: torch.device) -> None:
+    """Refuse, for several processes, statistics that each would gather alone or that CPUs cannot share."""
+    present = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
+    if present and choice == "train":
         raise UserError("encoder.batch_norm: 'train' would give each process statistics of its own; use 'sync' on GPUs or "
                         "'frozen'")
+    if present and choice == "sync" and device.type == "cpu":
+        raise UserError("encoder.batch_norm: 'sync' works on GPUs only; use 'frozen' with several processes on CPU")

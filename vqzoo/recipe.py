@@ -333,3 +333,12 @@ def difference(one: Any, other: Any, key: str = "") -> list[str]:
     return [] if one == other else [f"{key}: {one!r} → {other!r}"]
 
 
+
+
+HARMLESS = ("log", "checkpoint", "data.workers", "data.eval_batch_size", "versions")
+"""The keys whose change does not alter what a run trains."""
+
+
+def changes(then: Recipe, now: Recipe) -> list[str]:
+    """Return what differs between two recipes in keys that are not harmless, as `difference` does."""
+    return [line for line in difference(plain(then), plain(now)) if not line.startswith(HARMLESS)]

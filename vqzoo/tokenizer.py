@@ -1,7 +1,7 @@
 """The tokenizer: images to indices and back, with the hooks of one stage bound to it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vqzoo.codebook import Codebook
 from vqzoo.errors import PluginError, UserError, suggestion
+from vqzoo.hookspecs import ONCE
 from vqzoo.manager import Hooks, find, make_manager
 from vqzoo.networks import Encoder, make_decoder
 from vqzoo.plugin import Plugin, Progress, Quantized
@@ -51,11 +52,14 @@ class Output:
 class Tokenizer(nn.Module):
     """Encode images into indices and decode them, by an encoder, a codebook, a decoder and the plugins of a recipe."""
 
-    def __init__(self, config: TokenizerConfig, required: Iterable[str] = INFERENCE):
+    def __init__(self, config: TokenizerConfig, serve: Iterable[str] = INFERENCE):
         super().__init__()
         self.config = config
-        self.plugins = nn.ModuleDict({name: make_plugin(name, c) for name, c in config.plugins.items()})
-        self._wire(dict(config.hooks), "hooks", tuple(required))
+        try:
+            self.plugins = nn.ModuleDict({name: make_plugin(name, c) for name, c in config.plugins.items()})
+        except KeyError as error:
+            raise UserError(f"plugins: a plugin cannot have this name: {error}") from error
+        self._wire(dict(config.hooks), {}, tuple(serve))
         self.codebook = self._make_codebook(config.codebook)
         encoder = config.encoder
         self.encoder = Encoder(
@@ -69,12 +73,12 @@ class Tokenizer(nn.Module):
         self._frozen: list[str] = []
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe, required: Iterable[str] = INFERENCE) -> "Tokenizer":
-        """Build the untrained tokenizer of a recipe, wired by its top-level hooks."""
+    def from_recipe(cls, recipe: Recipe) -> "Tokenizer":
+        """Build the untrained tokenizer of a recipe; only the hooks that are asked once are bound yet."""
         config = TokenizerConfig(
             list(recipe.data.resolution), recipe.encoder, recipe.decoder, recipe.codebook, recipe.plugins, recipe.hooks
         )
-        return cls(config, required)
+        return cls(config, ONCE)
 
     def _make_codebook(self, config: CodebookConfig) -> Codebook:
         try:
@@ -85,45 +89,50 @@ class Tokenizer(nn.Module):
 
     # ---- wiring
 
-    def wire(self, hooks: Mapping[str, list[str]], where: str, required: Iterable[str]) -> None:
-        """Bind the hooks of a stage."""
-        self._wire(dict(hooks), where, tuple(required))
+    def wire(self, hooks: Mapping[str, list[str]], keys: Mapping[str, str]) -> None:
+        """Bind all hooks for a stage; `keys` says where in the recipe a hook is routed, if not under `hooks`."""
+        self._wire(dict(hooks), dict(keys), None)
         writers = self.hooks.providers("refresh_codes")
         if writers and not self.codebook.replaceable:
-            raise UserError(f"{where}.refresh_codes: {', '.join(writers)} would overwrite codes, but "
-                            f"{type(self.codebook).__name__} is implicit; route it away with refresh_codes: []")
+            raise UserError(f"{keys.get('refresh_codes', 'hooks.refresh_codes')}: {', '.join(writers)} would overwrite codes, "
+                            f"but {type(self.codebook).__name__} is implicit; route it away with refresh_codes: []")
 
-    def _wire(self, hooks: dict[str, list[str]], where: str, required: tuple[str, ...]) -> None:
-        self._wiring = (hooks, where, required)
-        self.hooks = Hooks(make_manager(self.plugins), hooks, where, required)
+    def _wire(self, hooks: dict[str, list[str]], keys: dict[str, str], serve: tuple[str, ...] | None) -> None:
+        self._wiring = (hooks, keys, serve)
+        self.hooks = Hooks(make_manager(self.plugins), hooks, keys, serve)
 
-    def freeze(self, patterns: Iterable[str]) -> None:
+    def freeze(self, patterns: Iterable[str], key: str = "freeze") -> None:
         """Freeze what the patterns name, buffers too; everything else that can be trained is trained."""
         patterns = list(patterns)
-        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+        frozen = {name for name, _ in self._tensors("") if any(fnmatch(name, pattern) for pattern in patterns)}
         for pattern in patterns:
-            if not any(fnmatch(name, pattern) for name in names):
+            if not any(fnmatch(name, pattern) for name in frozen):
                 parts = [f"{name}.*" for name, child in self.named_children() if list(child.parameters())]
-                raise UserError(f"freeze: {pattern!r} matches no parameter; {suggestion(pattern, parts)}")
+                raise UserError(f"{key}: {pattern!r} matches no parameter; {suggestion(pattern, parts)}")
         writers = self.hooks.providers("refresh_codes")
-        if writers and any(fnmatch(name, p) for p in patterns for name in names if name.startswith("codebook.")):
-            raise UserError(f"freeze: the codebook is to be frozen, but refresh_codes of {', '.join(writers)} "
+        if writers and any(name.startswith("codebook.") for name in frozen):
+            raise UserError(f"{key}: the codebook is to be frozen, but refresh_codes of {', '.join(writers)} "
                             "overwrites it; set hooks.refresh_codes: [] in this stage")
         for name, parameter in self.named_parameters():
-            frozen = any(fnmatch(name, pattern) for pattern in patterns)
-            parameter.requires_grad_(name in self._trainable and not frozen)
-            if frozen:
+            parameter.requires_grad_(name in self._trainable and name not in frozen)
+            if name in frozen:
                 parameter.grad = None  # with a zero gradient, Adam's momentum would still move it
-        self._frozen = [name for name, child in self._parts() if self._all_match(name, child, patterns)]
+        inside = {name: {full for full, _ in self._tensors(name)} for name, _ in self.named_modules() if name}
+        self._frozen = [name for name, tensors in inside.items() if tensors and tensors <= frozen]
         self.train(self.training)
+
+    def _tensors(self, module: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield the full name of each parameter and buffer of a submodule."""
+        part = self.get_submodule(module)
+        yield from part.named_parameters(prefix=module)
+        yield from part.named_buffers(prefix=module)
 
     def rehearse(self, progress: Progress) -> set[str]:
         """Quantize made-up latents once, as a training step would, and return the names of the embedding losses.
 
         A plugin that breaks the contract is found here, before training. No buffer and no random state changes.
         """
-        stride, resolution = self.config.encoder.stride, self.config.resolution
-        grid = (resolution[0] // stride, resolution[1] // stride)
+        grid = self.grid
         before = [buffer.clone() for buffer in self.buffers()]
         with torch.random.fork_rng(devices=[]), self.codebook.one_forward():
             latents = torch.randn(1, grid[0] * grid[1], self.codebook.latent_width)
@@ -134,17 +143,30 @@ class Tokenizer(nn.Module):
             buffer.copy_(value)
         return set(losses)
 
-    def _parts(self) -> Iterable[tuple[str, nn.Module]]:
-        for name, child in self.named_children():
-            if isinstance(child, nn.ModuleDict):
-                yield from ((f"{name}.{key}", value) for key, value in child.items())
-            else:
-                yield name, child
+    @torch.no_grad()
+    def rehearse_networks(self) -> None:
+        """Send one blank image through encoder and decoder; a UserError if they cannot process the resolution."""
+        images = torch.zeros(1, 3, *self.config.resolution)
+        with _evaluating(self):
+            for key, network, given, wanted in (
+                ("encoder", self.encoder, images, (1, self.codebook.latent_width, *self.grid)),
+                ("decoder", self.decoder, torch.zeros(1, self.codebook.width, *self.grid), tuple(images.shape)),
+            ):
+                name = getattr(self.config, key).name
+                try:
+                    made = tuple(network(given).shape)
+                except UserError:
+                    raise
+                except Exception as error:  # whatever a network of any library raises
+                    raise UserError(f"{key}: {name} cannot process {list(given.shape)}: {error}; see {key}.args") from error
+                if made != wanted:
+                    raise UserError(f"{key}: {name} makes {list(made)} of {list(given.shape)} where {list(wanted)} is expected")
 
-    @staticmethod
-    def _all_match(prefix: str, module: nn.Module, freeze: list[str]) -> bool:
-        names = [f"{prefix}.{name}" for name, _ in module.named_parameters()]
-        return bool(names) and all(any(fnmatch(name, pattern) for pattern in freeze) for name in names)
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The token grid (h, w) at the resolution of the configuration."""
+        height, width = self.config.resolution
+        return height // self.config.encoder.stride, width // self.config.encoder.stride
 
     def train(self, mode: bool = True) -> "Tokenizer":
         """Switch to training, except for frozen parts: their statistics must stand still too."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,10 +19,10 @@ from vqzoo.data import Batch, eval_batches, to_images, train_batches
 from vqzoo.errors import NonFiniteError, PluginError, UserError
 from vqzoo.metrics import card, evaluate, hardware, to_json
 from vqzoo.monitor import Drift, Monitor, memory, panel, save_picture
-from vqzoo.ops import all_reduce_sum, code_usage, gather_rows, perplexity, usage
+from vqzoo.ops import all_reduce_sum, code_usage, gather_names, gather_rows, perplexity, usage
 from vqzoo.plugin import Progress
 from vqzoo.prepare import enter, prepare
-from vqzoo.recipe import Recipe, difference, load_recipe, plain, to_yaml, versions
+from vqzoo.recipe import Recipe, changes, load_recipe, to_yaml, versions
 from vqzoo.stage import Moments, flat, longest, make_optimizer, nested, set_learning_rate, take_moments
 from vqzoo.tokenizer import Output
 
@@ -42,16 +41,19 @@ class Counters:
     step_in_stage: int = 0
     epoch_in_stage: int = 0
     skipped: int = 0
+    discriminator_skipped: int = 0
     seconds: float = 0.0
     transitions: list[dict[str, Any]] = field(default_factory=list)
+    files_left_out: list[str] = field(default_factory=list)
 
 
 class Trainer:
     """Train a recipe into a folder. Everything that can be wrong is found by the constructor, before training."""
 
     def __init__(self, recipe: Recipe, out: str | Path, resume: bool = False):
-        self.recipe, self.out = recipe, Path(out)
-        ready = prepare(recipe)
+        self.recipe, self.out, self.resume = recipe, Path(out), resume
+        saved = self._find_checkpoint(resume)
+        ready = prepare(_without_weights(recipe) if saved else recipe)
         self.accelerator, self.kept = ready.accelerator, ready.kept
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.train_data, self.val_data = ready.train_data, ready.val_data
@@ -63,60 +65,75 @@ class Trainer:
         self.tokenizer = ready.tokenizer.to(self.device)
         self.discriminator = ready.discriminator if ready.discriminator is None else ready.discriminator.to(self.device)
         self.ema = deepcopy(self.tokenizer).eval().requires_grad_(False) if recipe.ema else self.tokenizer
-        saved = self._find_checkpoint(resume)
+        self.saved = saved
         if saved:
             self._restore(saved)
+        self.fixed = self._fixed_images()
         self.train_batches = self._training_stream()
         self._claim_folder()
 
     def _find_checkpoint(self, resume: bool) -> Path | None:
-        """Return the checkpoint to continue from; a UserError if the folder's run is not to be, or cannot be, continued."""
+        """Return the checkpoint to continue from; a UserError if the folder cannot be this run's."""
         begun = self.out / "recipe.yaml"
-        if not begun.exists():
-            return None
+        try:
+            if not begun.exists():
+                foreign = self.out.is_dir() and any(not path.name.startswith(".") for path in self.out.iterdir())
+                if foreign:
+                    raise UserError(f"--out: {self.out} is not empty and holds no run; name a new folder")
+                return None
+        except OSError as error:
+            raise UserError(f"--out: {self.out} cannot be used: {error}") from error
         if not resume:
             raise UserError(f"{self.out} already holds a run; name another folder with --out, or continue it with --resume")
-        saved = checkpoint.latest(self.out / "checkpoints")
-        then, now = ({**plain(recipe), "versions": {}} for recipe in (load_recipe(str(begun)), self.recipe))
-        if saved and (changes := difference(then, now)):
+        then = load_recipe(str(begun))
+        if not then.versions:
+            raise UserError(f"--out: {begun} was not written by a run; name a new folder")
+        if changed := changes(then, self.recipe):
             raise UserError(f"{self.out} was begun with another recipe and cannot be resumed with this one:\n  "
-                            + "\n  ".join(changes))
-        return saved
+                            + "\n  ".join(changed))
+        return checkpoint.latest(self.out / "checkpoints")
 
     def _claim_folder(self) -> None:
-        """Write the resolved recipe; a folder that cannot be written is a UserError on every process."""
+        """Make the run's folders and write the resolved recipe; a UserError on every process if that is impossible."""
         self.accelerator.wait_for_everyone()  # every process has looked before the main one writes
         problem = ""
         try:
             if self.main:
-                self.out.mkdir(parents=True, exist_ok=True)
-                recipe = replace(self.recipe, versions=versions(list(self.recipe.plugins)))
-                (self.out / "recipe.yaml").write_text(to_yaml(recipe))
+                for name in ("checkpoints", "tensorboard"):
+                    (self.out / name).mkdir(parents=True, exist_ok=True)
+                if not (self.out / "recipe.yaml").exists():
+                    recipe = replace(self.recipe, versions=versions(list(self.recipe.plugins)))
+                    checkpoint.write_text(self.out / "recipe.yaml", to_yaml(recipe))
         except OSError as error:
             problem = f": {error}"
         if all_reduce_sum(torch.tensor(float(bool(problem)), device=self.device)):
             raise UserError(f"--out: {self.out} cannot be written{problem}")
 
     def _training_stream(self) -> Iterator[Batch]:
+        """Return the run's batches; the first is read now, so that unreadable data is found before training."""
         recipe = self.recipe
         start = self.counters.batches * recipe.data.batch_size
-        return train_batches(recipe.data, self.train_data, recipe.seed, start, self.accelerator.process_index,
-                             self.accelerator.num_processes, recipe.accumulate)
+        stream = train_batches(recipe.data, self.train_data, recipe.seed, start, self.accelerator.process_index,
+                               self.accelerator.num_processes, recipe.accumulate)
+        return _after(next(stream), stream)
 
     # ---- the run
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate, export, and return what metrics.json holds."""
-        fixed = self._fixed_images()
-        self.drift = Drift(fixed[: self.recipe.log.drift_images])
-        self.pictured = fixed[: self.recipe.log.images]
-        self.monitor = Monitor(self.out / "tensorboard", self.steps, self.counters.step, self.main)
+        self.drift = Drift(self.fixed[: self.recipe.log.drift_images])
+        self.pictured = self.fixed[: self.recipe.log.images]
+        self.monitor = Monitor(self.out / "tensorboard", self.steps, self.counters.step, self.saved is not None, self.main)
         self.began = time.monotonic() - self.counters.seconds
         try:
             self.monitor.text("recipe", to_yaml(self.recipe))
-            if self.kept and not self.counters.step:
+            if self.resume and not self.saved:
+                self.monitor.say(f"{self.out} holds no checkpoint to resume from: starting afresh")
+            if self.saved:
+                self.monitor.say(f"resumed from {self.saved}", self.counters.step)
+            if self.kept and not self.saved:
                 self.monitor.say(f"init_from {self.recipe.init_from} has no fitting tensor for {', '.join(self.kept)}", 0)
-            self._begin_stage(resumed=self.counters.step > 0)
+            self._begin_stage(resumed=self.saved is not None)
             while self.counters.epoch < self.recipe.epochs:
                 self._train_epoch()
                 self._end_epoch()
@@ -126,9 +143,14 @@ class Trainer:
             self.train_batches.close()
 
     def _fixed_images(self) -> Tensor:
+        """Return the held-out images on which drift is measured and of which pictures are made."""
         wanted = max(self.recipe.log.drift_images, self.recipe.log.images)
-        found = [batch.images for batch in eval_batches(self.recipe.data, self.val_data, limit=wanted)]
-        return to_images(torch.cat(found), self.device)
+        batches = list(eval_batches(self.recipe.data, self.val_data, limit=wanted))
+        images = torch.cat([batch.images for batch in batches])
+        if not len(images):
+            bad = [name for batch in batches for name in batch.bad]
+            raise UserError(f"data.val: none of {len(bad)} images taken from it decodes: {', '.join(bad[:5])}")
+        return to_images(images, self.device)
 
     # ---- stages
 
@@ -171,6 +193,8 @@ class Trainer:
         recipe, prepare = self.recipe, self.accelerator.prepare
         self.optimizer = make_optimizer(self.tokenizer, recipe.optim, self.moments)
         self.model, self.optimizer = prepare(self.tokenizer, self.optimizer)
+        # Autocast belongs to the training step alone: evaluation and drift are measured in float32.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.train()
         if self.discriminator is not None:
             self.discriminator.requires_grad_(True).train()
@@ -206,14 +230,15 @@ class Trainer:
         self.recent_steps, self.replaced, self.logged_at = 0, 0, time.monotonic()
 
     def _train_epoch(self) -> None:
-        done = 0
+        done, bad = 0, []
         while done < self.steps_per_epoch:
             batches = [next(self.train_batches) for _ in range(self.recipe.accumulate)]
-            self._report_bad(batches)
+            bad += [name for batch in batches for name in batch.bad]
             ends = done + 1 == self.steps_per_epoch
             if self._step(batches, ends):
                 done += 1
                 self._log(done)
+        self._report_bad(bad)
 
     def _progress(self, ends_epoch: bool = False) -> Progress:
         c = self.counters
@@ -232,7 +257,7 @@ class Trainer:
             return False
         losses, outputs, images = done
         if self.discriminator is not None and self.tokenizer.hooks.providers("discriminator_loss"):
-            losses |= self._discriminator_step(images, outputs, progress)
+            losses = merge_losses(losses, self._discriminator_step(images, outputs, progress))
         self._add_losses(losses)
         with torch.no_grad():
             self._update_ema()
@@ -251,10 +276,9 @@ class Trainer:
             images.append(to_images(batch.images, self.device))
             with self._no_sync_but_last(self.model, number), self.accelerator.autocast():
                 output = self.model(images[-1], progress)
-                found = {**output.losses, **self._reconstruction_losses(images[-1], output, progress)}
-                total = sum(found.values()) / self.recipe.accumulate
-                _check_loss(total, found)
-                self.accelerator.backward(total)
+                found = merge_losses(output.losses, *self._reconstruction_losses(images[-1], output, progress))
+            with self._no_sync_but_last(self.model, number):  # backward under autocast would recast what ran in float32
+                self.accelerator.backward(sum(found.values()) / self.recipe.accumulate)
             for name, value in found.items():
                 losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
             output.reconstructions, output.losses = output.reconstructions.detach(), {}
@@ -264,13 +288,13 @@ class Trainer:
             return None
         return losses, outputs, images
 
-    def _reconstruction_losses(self, images: Tensor, output: Output, progress: Progress) -> dict[str, Tensor]:
+    def _reconstruction_losses(self, images: Tensor, output: Output, progress: Progress) -> list[dict[str, Tensor]]:
         hooks = self.tokenizer.hooks
         found = hooks.reconstruction_loss(
             images=images, reconstructions=output.reconstructions, discriminator=self.discriminator,
             last_layer=self.tokenizer.decoder.last_layer, progress=progress,
         )
-        return merge_losses(hooks.providers("reconstruction_loss"), found)
+        return [hooks.answer("reconstruction_loss", losses, dict) for losses in found]
 
     def _discriminator_step(self, images: list[Tensor], outputs: list[Output], progress: Progress) -> dict[str, Tensor]:
         config, hooks = self.recipe.discriminator_optim, self.tokenizer.hooks
@@ -286,8 +310,8 @@ class Trainer:
                 found = hooks.answer("discriminator_loss", found, dict)
                 if not found:
                     return {}
-                total = sum(found.values()) / self.recipe.accumulate
-                self.accelerator.backward(total)
+            with self._no_sync_but_last(self.discriminator_model, number):
+                self.accelerator.backward(sum(found.values()) / self.recipe.accumulate)
             for name, value in found.items():
                 losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
         self._apply(self.discriminator_optimizer, self.discriminator, config.clip, losses)
@@ -310,15 +334,15 @@ class Trainer:
         optimizer.step()
         skipped = optimizer.step_was_skipped
         optimizer.zero_grad()
-        if optimizer is self.optimizer:
-            self._count_skipped(skipped)
+        self._count_skipped("skipped" if optimizer is self.optimizer else "discriminator_skipped", skipped)
         return not skipped
 
-    def _count_skipped(self, skipped: bool) -> None:
-        self.counters.skipped = self.counters.skipped + 1 if skipped else 0
-        if self.counters.skipped > MOST_SKIPPED:
-            raise NonFiniteError(f"step {self.counters.step}: the fp16 scaler skipped {MOST_SKIPPED} steps in a row; gradients "
-                                 "overflow at any scale, so lower optim.lr or set precision: bf16")
+    def _count_skipped(self, counter: str, skipped: bool) -> None:
+        in_a_row = getattr(self.counters, counter) + 1 if skipped else 0
+        setattr(self.counters, counter, in_a_row)
+        if in_a_row > MOST_SKIPPED:
+            raise NonFiniteError(f"step {self.counters.step}: the fp16 scaler skipped {MOST_SKIPPED} steps in a row "
+                                 f"({counter}); gradients overflow at any scale: lower the learning rate or use bf16")
 
     def _what_is_not_finite(self, module: nn.Module, losses: dict[str, Tensor]) -> str:
         terms = [f"loss {name!r}" for name, value in losses.items() if not torch.isfinite(value).all()]
@@ -355,8 +379,7 @@ class Trainer:
             return
         decay = min(self.recipe.ema, (1 + self.counters.step) / (10 + self.counters.step))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.tokenizer.parameters()), 1 - decay)
-        for mine, theirs in zip(self.ema.buffers(), self.tokenizer.buffers(), strict=True):
-            mine.copy_(theirs)
+        self._copy_buffers()
 
     # ---- the codebook outside gradient descent
 
@@ -387,21 +410,25 @@ class Trainer:
         return all_reduce_sum(sum(code_usage(o.indices, self.tokenizer.codebook.size) for o in outputs))
 
     def _follow_replaced(self) -> None:
-        """Clear the moments of overwritten rows and give the rows to the weight average."""
+        """Clear the moments of overwritten rows and give the rows to the weight average; buffers follow as they are."""
         codebook = self.tokenizer.codebook
         state = self.optimizer.optimizer.state
-        for rows, vectors, smooth in codebook.take_replaced():
-            if smooth:
-                continue
+        replaced = codebook.take_replaced()
+        for rows in (rows for rows, smooth in replaced if not smooth):
             for parameter in codebook.row_parameters():
                 for value in state.get(parameter, {}).values():
                     if value.shape == parameter.shape:
                         value[rows] = 0
-            if self.ema is not self.tokenizer:
-                self.ema.codebook.replace_(rows, vectors)
+            if self.ema is not self.tokenizer and codebook.row_parameters():
+                self.ema.codebook.replace_(rows, codebook.vectors()[rows])
                 self.ema.codebook.take_replaced()
-                for mine, theirs in zip(self.ema.buffers(), self.tokenizer.buffers(), strict=True):
-                    mine.copy_(theirs)
+        if replaced:
+            self._copy_buffers()
+
+    @torch.no_grad()
+    def _copy_buffers(self) -> None:
+        for mine, theirs in zip(self.ema.buffers(), self.tokenizer.buffers(), strict=True):
+            mine.copy_(theirs)
 
     def _generator(self, purpose: int) -> torch.Generator:
         """Make the generator of one hook call: a function of seed and step alone, so it is equal on every process."""
@@ -454,12 +481,11 @@ class Trainer:
         self.monitor.say(f"step {counters.step}: stage {leaving} → {self.stage}: {reason}", counters.step)
         self._begin_stage()
 
-    def _report_bad(self, batches: list[Batch]) -> None:
-        for name in (name for batch in batches for name in batch.bad):
-            self.monitor.say(f"{name} does not decode and is left out", self.counters.step)
-            if self.main:
-                with (self.out / "bad_files.txt").open("a") as file:
-                    file.write(name + "\n")
+    def _report_bad(self, names: list[str]) -> None:
+        for name in gather_names(names):
+            if name not in self.counters.files_left_out:
+                self.counters.files_left_out.append(name)
+                self.monitor.say(f"{name} does not decode and is left out", self.counters.step)
 
     def _log(self, done: int) -> None:
         counters, log = self.counters, self.recipe.log
@@ -476,7 +502,8 @@ class Trainer:
             speed = self.recent_steps * self.recipe.data.batch_size / seconds
             train = {"learning_rate": self.rate, "images_per_second": speed, **memory(self.device)}
             self.monitor.scalars(train, counters.step, "train")
-            self.monitor.scalars(self.drift.measure(self.tokenizer), counters.step, "drift")
+            if counters.step % log.steps == 0:  # a change means something over equal intervals only
+                self.monitor.scalars(self.drift.measure(self.tokenizer), counters.step, "drift")
         self.recent_losses, self.recent_steps, self.logged_at = {}, 0, time.monotonic()
 
     def _report_epoch(self) -> None:
@@ -488,7 +515,7 @@ class Trainer:
                      "replaced": self.replaced}
             self.monitor.scalars(codes, step, "codes")
             self.monitor.codes(self.epoch_counts, step)
-        if epoch % recipe.log.evaluate_epochs and epoch != recipe.epochs:
+        if epoch % recipe.log.evaluate_epochs or epoch == recipe.epochs:  # after the last, all images are evaluated
             return
         metrics, _ = self._evaluate(limit=max(256, recipe.data.eval_batch_size))
         self.monitor.scalars(metrics, step, "held_out")
@@ -528,7 +555,10 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         tensors, state = checkpoint.load(path)
-        self.counters = Counters(**state["counters"])
+        try:
+            self.counters = Counters(**state["counters"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: its state is not of this version of vqzoo: {error}") from error
         self.tokenizer.load_state_dict(tensors["tokenizer"])
         if self.ema is not self.tokenizer:
             self.ema.load_state_dict(tensors["average"])
@@ -549,7 +579,8 @@ class Trainer:
             "metrics": metrics,
             "run": {
                 "step": counters.step, "epoch": counters.epoch, "stage": self.stage, "transitions": counters.transitions,
-                "images_per_second": seen / counters.seconds, "seconds": counters.seconds, "finished": True,
+                "images_per_second": seen / counters.seconds, "seconds": counters.seconds,
+                "files_left_out": counters.files_left_out, "finished": True,
             },
             "card": {
                 **card(recipe.data.name, self.val_data, recipe.data.resolution, bad),
@@ -561,32 +592,42 @@ class Trainer:
             },
         }
         if self.main:
-            (self.out / "metrics.json").write_text(to_json(result))
-            save_picture(self._panel(), self.out / "reconstructions.png")
-            shutil.rmtree(self.out / "tokenizer", ignore_errors=True)
+            checkpoint.write_text(self.out / "metrics.json", to_json(result))
+            picture = self._panel()
+            save_picture(picture, self.out / "reconstructions.png")
             self.ema.save_pretrained(self.out / "tokenizer")
             self.monitor.scalars(metrics, counters.step, "final")
+            self.monitor.picture("reconstructions", picture, counters.step)
         self.accelerator.wait_for_everyone()
         return result
 
 
-def merge_losses(providers: list[str], found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join the dicts of all contributors; a name that two of them use is a PluginError."""
+def merge_losses(*found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join the losses of all hooks; a name that two use, or a value that is no 0-dim tensor, is a PluginError."""
     merged: dict[str, Tensor] = {}
     for losses in found:
         for name, value in losses.items():
             if name in merged:
-                raise PluginError(f"hook reconstruction_loss: two of {', '.join(providers)} return a loss called {name!r}")
+                raise PluginError(f"two hooks return a loss called {name!r}; give one another name")
+            if not isinstance(value, Tensor) or value.dim():
+                what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise PluginError(f"loss {name!r} is {what} where a 0-dim tensor is expected")
             merged[name] = value
-    if not merged:
-        raise PluginError(f"hook reconstruction_loss, served by {', '.join(providers)}, returned no loss")
     return merged
 
 
-def _check_loss(total: Tensor, losses: dict[str, Tensor]) -> None:
-    if not isinstance(total, Tensor) or total.dim():
-        shapes = {name: list(getattr(value, "shape", [])) for name, value in losses.items()}
-        raise PluginError(f"losses must be 0-dim tensors, got shapes {shapes}")
+def _without_weights(recipe: Recipe) -> Recipe:
+    """Return a recipe that asks for no weights from elsewhere: a checkpoint has them all."""
+    return replace(recipe, init_from=None, encoder=replace(recipe.encoder, pretrained=False))
+
+
+def _after(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
+    """Put a batch that was read already back before the rest; closing ends the rest too."""
+    try:
+        yield first
+        yield from rest
+    finally:
+        rest.close()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """The heavy arithmetic of quantizers: one public function per operation, on any device."""
 
-from vqzoo.ops.collective import all_reduce_sum, gather_rows
+from vqzoo.ops.collective import all_reduce_sum, broadcast, gather_names, gather_rows
 from vqzoo.ops.embedding import embedding_losses, straight_through
 from vqzoo.ops.nearest import nearest_codes
 from vqzoo.ops.nonstationary import nonstationary_loss
@@ -8,8 +8,10 @@ from vqzoo.ops.usage import code_usage, perplexity, usage
 
 __all__ = [
     "all_reduce_sum",
+    "broadcast",
     "code_usage",
     "embedding_losses",
+    "gather_names",
     "gather_rows",
     "nearest_codes",
     "nonstationary_loss",

@@ -1,4 +1,4 @@
-"""Sums and gathers over processes that are the identity on one."""
+"""Sums, gathers and broadcasts over processes that are the identity on one."""
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,25 @@ def gather_rows(tensor: Tensor) -> Tensor:
     rows = tensor.new_empty(len(tensor) * _processes(), *tensor.shape[1:])
     dist.all_gather_into_tensor(rows, tensor.contiguous())
     return rows
+
+
+@torch.no_grad()
+def broadcast(tensor: Tensor) -> Tensor:
+    """Return the first process's tensor on every process, no gradient."""
+    if _processes() == 1:
+        return tensor.detach()
+    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.broadcast(copy, src=0)
+    return copy
+
+
+def gather_names(names: list[str]) -> list[str]:
+    """Join the lists of names of all processes, in the order of their ranks."""
+    if _processes() == 1:
+        return names
+    lists: list[list[str]] = [[] for _ in range(_processes())]
+    dist.all_gather_object(lists, names)
+    return [name for found in lists for name in found]
 
 
 class _Sum(torch.autograd.Function):
