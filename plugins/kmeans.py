@@ -21,8 +21,9 @@ class KMeans(Plugin):
         iterations: int = 10
 
         def __post_init__(self):
-            if self.latents_per_code < 1 or self.iterations < 1:
-                raise ValueError("kmeans.latents_per_code and kmeans.iterations must be at least 1")
+            for name in ("latents_per_code", "iterations"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name}: {getattr(self, name)!r} must be at least 1")
 
     @hookimpl
     def enter_stage(self, leaving, tokenizer, batches, generator):

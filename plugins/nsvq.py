@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vqzoo import Plugin, hookimpl
+from vqzoo import Plugin, check_weights, hookimpl
 from vqzoo.ops import nonstationary_loss
 
 
@@ -26,13 +26,11 @@ class NSVQ(Plugin):
         patience: int = 10
 
         def __post_init__(self):
-            if not self.temperature > 0:
-                raise ValueError(f"nsvq.temperature: {self.temperature!r} must be positive")
+            check_weights(self, "weight", "temperature", "replace_after", "noise")
+            if not self.temperature:
+                raise ValueError(f"temperature: {self.temperature!r} must be positive")
             if self.patience < 1:
-                raise ValueError(f"nsvq.patience: {self.patience!r} must be at least 1")
-            for name in ("weight", "replace_after", "noise"):
-                if getattr(self, name) < 0:
-                    raise ValueError(f"nsvq.{name}: {getattr(self, name)!r} must not be negative")
+                raise ValueError(f"patience: {self.patience!r} must be at least 1")
 
     def __init__(self, config):
         super().__init__(config)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from vqzoo import Plugin, hookimpl
+from vqzoo import Plugin, check_weights, hookimpl
 
 
 class Pixel(Plugin):
@@ -16,8 +16,9 @@ class Pixel(Plugin):
         l2: float = 0.0
 
         def __post_init__(self):
-            if self.l1 < 0 or self.l2 < 0 or not self.l1 + self.l2:
-                raise ValueError(f"pixel.l1 and pixel.l2: {self.l1!r} and {self.l2!r} must be weights, at least one positive")
+            check_weights(self, "l1", "l2")
+            if not self.l1 + self.l2:
+                raise ValueError(f"l1: {self.l1!r} with l2: {self.l2!r} leaves no loss; one of them must be positive")
 
     def loss_names(self):
         return tuple(name for name, weight in (("l1", self.config.l1), ("l2", self.config.l2)) if weight)

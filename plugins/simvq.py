@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vqzoo import Codebook, Plugin, Quantized, hookimpl
+from vqzoo import Codebook, Plugin, Quantized, check_weights, hookimpl
 from vqzoo.ops import embedding_losses, nearest_codes, straight_through
 
 
@@ -34,6 +34,9 @@ class SimVQ(Plugin):
     class Config:
         codebook_weight: float = 1.0
         commitment_weight: float = 0.25
+
+        def __post_init__(self):
+            check_weights(self, "codebook_weight", "commitment_weight")
 
     @hookimpl
     def make_codebook(self, size, width):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vqzoo import Plugin, Quantized, Table, hookimpl
+from vqzoo import Plugin, Quantized, Table, check_weights, hookimpl
 from vqzoo.ops import embedding_losses, nearest_codes, straight_through
 
 
@@ -19,8 +19,9 @@ class VQ(Plugin):
         init: str = "uniform"
 
         def __post_init__(self):
+            check_weights(self, "codebook_weight", "commitment_weight")
             if self.init not in ("uniform", "normal"):
-                raise ValueError(f"vq.init: {self.init!r} is not an initialisation; choices: normal, uniform")
+                raise ValueError(f"init: {self.init!r} is not an initialisation; choices: normal, uniform")
 
     @hookimpl(trylast=True)
     def make_codebook(self, size, width):

@@ -107,3 +107,13 @@ def test_the_table_is_the_zoo():
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)]+)\)", README))
 def test_links_to_files_lead_somewhere(path):
     assert (ROOT / path).exists()
+
+
+def test_the_table_of_results_is_what_was_recorded():
+    (results,) = re.findall(r"\[results\]\(([^)]+)\)", README)
+    rows = dict(re.findall(r"^\| `(photos128_\w+)` \| (.*) \|$", README, flags=re.MULTILINE))
+    recorded = [json.loads(line) for line in (ROOT / results).read_text().splitlines()]
+    assert rows.keys() == {row["recipe"] for row in recorded}
+    for row in recorded:
+        m = row["metrics"]
+        assert rows[row["recipe"]] == f"{m['usage']:.1%} | {m['perplexity']:,.0f} | {m['psnr']:.2f} dB | {m['ssim']:.3f}"

@@ -3,11 +3,11 @@
 from vqzoo.codebook import Codebook, Table
 from vqzoo.errors import NonFiniteError, PluginError, UserError
 from vqzoo.ops import all_reduce_sum
-from vqzoo.plugin import Plugin, Progress, Quantized, hookimpl
+from vqzoo.plugin import Plugin, Progress, Quantized, check_weights, hookimpl
 
 __all__ = [
     "Codebook", "NonFiniteError", "Plugin", "PluginError", "Progress", "Quantized", "Table", "Tokenizer", "UserError",
-    "all_reduce_sum", "hookimpl",
+    "all_reduce_sum", "check_weights", "hookimpl",
 ]
 
 

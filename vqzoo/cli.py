@@ -16,9 +16,15 @@ NEXT = """next:
   vqzoo decode {out} tokens.safetensors --out decoded
   vqzoo eval {out} --data FOLDER_OF_PHOTOS"""
 
+NO_NAME = ("", ".", "..", "__metadata__")
+"""Names that no tokens have: the first three are no file's name, and safetensors keeps the last for itself."""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0; 1 for a failed run; 2 for a user's mistake, which is explained."""
+    """Run a command and return its exit status.
+
+    0; 1 for a failed run; 2 for a user's mistake, which is explained; 130 for Ctrl-C, after which `run --resume` goes on.
+    """
     parser = _parser()
     options, extra = parser.parse_known_args(arguments)
     if extra and (not hasattr(options, "overrides") or any(word.startswith("-") for word in extra)):
@@ -33,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (NonFiniteError, PluginError) as error:
         print(f"vqzoo: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"vqzoo: interrupted{'; continue with --resume' if options.command is _run else ''}", file=sys.stderr)
+        return 130
     finally:
         _leave_group()
     return 0
@@ -160,7 +169,7 @@ def _encode(options: argparse.Namespace) -> None:
         resolution = _whole(path, tokenizer.encoder.stride) if options.whole else tuple(tokenizer.config.resolution)
         image = to_images(load_image(path, resolution)[None], torch.device("cpu"))
         name = Path(path).stem
-        while name in tokens:
+        while name in tokens or name in NO_NAME:
             name += "_"
         tokens[name] = tokenizer.encode(image)[0].int()
         print(f"{path}: {' x '.join(map(str, tokens[name].shape))} tokens")
@@ -202,7 +211,10 @@ def _decode(options: argparse.Namespace) -> None:
         except ValueError as error:
             raise UserError(f"{options.tokens}: {name}: {error}; were they made by another tokenizer?") from error
         path = out / f"{name}.png"
-        save_picture(to_bytes(image)[0].byte(), path)
+        try:
+            save_picture(to_bytes(image)[0].byte(), path)
+        except (OSError, ValueError) as error:  # a folder in its place, or a name that the file system does not take
+            raise UserError(f"{options.tokens}: {name!r}: the picture cannot be written: {error}") from error
         print(path)
 
 
@@ -219,7 +231,7 @@ def _read_tokens(path: str, size: int) -> dict[str, Any]:
     if made_for != str(size):
         raise UserError(f"{path}: made by a tokenizer of {made_for} codes, and this one has {size}")
     for name in tokens:
-        if Path(name).name != name:
+        if Path(name).name != name or name in NO_NAME:
             raise UserError(f"{path}: {name!r} cannot be the name of a picture")
     return tokens
 

@@ -5,9 +5,10 @@ and micro-batches, D code width, K codebook size, Q codes per token. Images are 
 and already weighted. An implementation names the arguments that it wants and leaves out the rest.
 
 `one(...)` hooks have exactly one provider per stage, bound by the recipe's `hooks:` or because there is no other; an
-implementation marked `@hookimpl(trylast=True)` yields to another. `many` hooks call every contributor in the recipe's order. A
-`@hookimpl(wrapper=True)` implementation receives what was returned (`result = yield`) and returns what it makes of it; of
-two wrappers the one named first in the recipe is the outer.
+implementation marked `@hookimpl(trylast=True)` yields to another. `many` hooks call every contributor, in the order of
+the recipe's `plugins:`, whatever the order of a list under `hooks:`. A `@hookimpl(wrapper=True)` implementation receives what
+was returned (`result = yield`) and returns what it makes of it; of two wrappers the one named first under `plugins:` is the
+outer.
 """
 
 from typing import Any

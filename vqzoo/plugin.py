@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
 
 import pluggy
 from torch import Tensor, nn
@@ -15,8 +17,8 @@ class Plugin(nn.Module):
 
     A plugin lives inside the tokenizer, so everything that must survive a checkpoint is a parameter or a buffer:
     counters are 0-dim buffers, never plain attributes. Its fields in a recipe are those of the nested dataclass Config,
-    whose `__post_init__` may raise ValueError for values that cannot work. The two methods below are optional
-    declarations, read when a recipe is wired.
+    whose `__post_init__` may raise ValueError for values that cannot work, with a text that begins with the field's name
+    and a colon. The two methods below are optional declarations, read when a recipe is wired.
     """
 
     @dataclass
@@ -34,6 +36,14 @@ class Plugin(nn.Module):
     def watched_losses(self) -> tuple[str, ...]:
         """Name the losses whose epoch means `stage_transition` reads; wiring refuses a stage in which nobody returns one."""
         return ()
+
+
+def check_weights(config: Any, *names: str) -> None:
+    """Raise ValueError for a field of a plugin's Config that is negative, infinite or NaN."""
+    for name in names:
+        value = getattr(config, name)
+        if not (isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: {value!r} must be a finite number, not negative")
 
 
 @dataclass

@@ -1,7 +1,10 @@
 """Recipes: what a run is, as YAML checked against dataclasses before anything else happens."""
 
 import math
+import os
 import platform
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,6 +20,12 @@ from yaml import YAMLError
 from vqzoo.data import DataConfig
 from vqzoo.errors import UserError, suggestion
 from vqzoo.manager import find
+
+PLAIN = re.compile(r"\$\{[^${}:]*\}")
+"""An interpolation that names another key, as opposed to a resolver, `${name:...}`."""
+
+HARMLESS = ("log", "checkpoint", "data.workers", "data.eval_batch_size", "versions")
+"""The keys whose change does not alter what a run trains."""
 
 
 @dataclass
@@ -120,9 +129,8 @@ def shipped() -> dict[str, Path]:
 
 def find_recipe(name: str) -> Path:
     """Return the file of a recipe given as a path or by a shipped recipe's name."""
-    path = Path(name)
-    if path.is_file():
-        return path
+    if os.path.isfile(name):  # unlike Path.is_file, also for a name that is too long
+        return Path(name)
     recipes = shipped()
     if name in recipes:
         return recipes[name]
@@ -166,11 +174,19 @@ def _checked(raw: DictConfig, path: Path) -> Recipe:
         except OmegaConfBaseException:
             raise
         except (ValueError, TypeError) as error:  # the plugin's own __post_init__
-            text = str(error) if str(error).startswith(f"{plugin}.") else f"{plugin}: {error}"
-            raise UserError(f"{path}: plugins.{text}") from error
+            raise UserError(f"{path}: {blame_field(plugin, config, error)}") from error
     if merged.precision == "False":
         merged.precision = "no"  # YAML reads a bare no as a boolean
     return OmegaConf.to_object(merged)
+
+
+def blame_field(plugin: str, names: Iterable[str], error: Exception) -> str:
+    """Return what is wrong with a plugin's fields, under the full key if the error begins with the name of one."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        text = f"{error.full_key}: {text}"
+    key = text.partition(":")[0]
+    return f"plugins.{plugin}.{text}" if key in set(names) else f"plugins.{plugin}: {text}"
 
 
 def _refusal(error: OmegaConfBaseException, path: Path, where: str = "") -> UserError:
@@ -187,17 +203,45 @@ def _read(path: Path) -> DictConfig:
         raise _refusal(error, path) from error
     if not isinstance(raw, DictConfig):
         raise UserError(f"{path}: a recipe is a mapping of keys, not {type(raw).__name__}")
+    refuse_resolvers(OmegaConf.to_container(raw), str(path))
     return raw
 
 
+def refuse_resolvers(value: Any, where: str, key: str = "") -> None:
+    """Raise UserError for `${name:...}` anywhere in a value: it could read the environment of whoever loads a file."""
+    if isinstance(value, dict):
+        for part, item in value.items():
+            refuse_resolvers(item, where, f"{key}.{part}" if key else str(part))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            refuse_resolvers(item, where, f"{key}[{number}]")
+    elif isinstance(value, str):
+        left, text = None, value
+        while left != text:  # from the innermost interpolation outwards
+            left, text = text, PLAIN.sub("_", text)
+        if "${" in left:
+            raise UserError(f"{where}: {key}: {value!r} is not allowed; ${{...}} may name another key and nothing else")
+
+
 def _override(raw: DictConfig, override: str) -> None:
-    key, equals, _ = override.partition("=")
+    """Set one key; a mapping or a list replaces what was there."""
+    key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"{override!r} is not an override; write key=value, as in optim.lr=1e-4 or stages[0].epochs=3")
     try:
-        raw.merge_with_dotlist([override])
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        refuse_resolvers(value, f"override {override!r}", key)
+        _check_index(raw, key, override)
+        OmegaConf.update(raw, key, value, merge=False)
     except (OmegaConfBaseException, YAMLError, IndexError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from error
+
+
+def _check_index(raw: DictConfig, key: str, override: str) -> None:
+    """Refuse an item of a list that the recipe does not set, out of which OmegaConf would make a mapping."""
+    item = re.match(r"(.+?)\[\d+\]", key)
+    if item and not isinstance(OmegaConf.select(raw, item[1]), ListConfig):
+        raise UserError(f"override {override!r}: {item[1]}: the recipe sets no such list; set it whole, as in {item[1]}=[...]")
 
 
 def _check_keys(raw: Any, schema: Any, where: str, path: Path) -> None:
@@ -331,12 +375,6 @@ def difference(one: Any, other: Any, key: str = "") -> list[str]:
         keys = [*one, *(k for k in other if k not in one)]
         return [line for k in keys for line in difference(one.get(k), other.get(k), f"{key}.{k}" if key else str(k))]
     return [] if one == other else [f"{key}: {one!r} → {other!r}"]
-
-
-
-
-HARMLESS = ("log", "checkpoint", "data.workers", "data.eval_batch_size", "versions")
-"""The keys whose change does not alter what a run trains."""
 
 
 def changes(then: Recipe, now: Recipe) -> list[str]:

@@ -1,6 +1,8 @@
 """The tokenizer: images to indices and back, with the hooks of one stage bound to it."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -19,7 +21,11 @@ from vqzoo.hookspecs import ONCE
 from vqzoo.manager import Hooks, find, make_manager
 from vqzoo.networks import Encoder, make_decoder
 from vqzoo.plugin import Plugin, Progress, Quantized
-from vqzoo.recipe import CodebookConfig, DecoderConfig, EncoderConfig, Recipe, plain, versions
+from vqzoo.recipe import (
+    CodebookConfig, DecoderConfig, EncoderConfig, Recipe, blame_field, plain, refuse_resolvers, versions,
+)
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 INFERENCE = ("make_codebook", "quantize")
 """The hooks without which images cannot be turned into indices and back."""
@@ -250,13 +256,14 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Return the images [B, 3, H, W] of indices [B, h, w] or [B, h, w, Q]; not clamped, as from `forward`."""
-        if indices.dim() not in (3, 4) or indices.is_floating_point():
+        if indices.dim() not in (3, 4) or indices.is_floating_point() or indices.is_complex() or 0 in indices.shape[1:]:
             raise ValueError(f"indices must be integers [B, h, w] or [B, h, w, Q], not {indices.dtype} {list(indices.shape)}")
+        indices = indices.long()  # unsigned types know no minimum
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook.size:
             raise ValueError(f"indices must be in [0, {self.codebook.size}), not {int(indices.min())} … {int(indices.max())}")
         grid = (indices.shape[1], indices.shape[2])
         with _evaluating(self):
-            codes = self.codebook.lookup(indices.long().flatten(1, 2))
+            codes = self.codebook.lookup(indices.flatten(1, 2))
             if codes.shape[2:] != (self.codebook.width,):
                 raise ValueError(f"indices {list(indices.shape)} have another number of codes per token than this tokenizer's")
             return self.decoder(_to_map(codes, grid)).float()
@@ -264,9 +271,13 @@ class Tokenizer(nn.Module):
     # ---- the exported form
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors: all that encoding and decoding need, and no more."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write config.json and model.safetensors: all that encoding and decoding need, and no more.
+
+        Complete or not there at all. Of a folder that exists, these two files alone are replaced; a UserError if it is
+        neither empty nor a tokenizer.
+        """
+        folder = Path(folder).resolve()
+        _check_target(folder)
         hooks = {name: self.hooks.providers(name) for name in INFERENCE}
         kept = [name for name in self.plugins if any(name in names for names in hooks.values())]
         config = plain(self.config)
@@ -274,22 +285,33 @@ class Tokenizer(nn.Module):
         config["plugins"] = {name: config["plugins"][name] for name in kept}
         config["hooks"] = hooks
         config["versions"] = versions(kept)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(self._release_state(kept), folder / "model.safetensors", {"format": "pt", "library": "vqzoo"})
+        partial = folder.parent / f".partial_{folder.name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            save_file(self._release_state(kept), partial / WEIGHTS, {"format": "pt", "library": "vqzoo"})
+            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            _publish(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _release_state(self, plugins: list[str]) -> dict[str, Tensor]:
         def kept(name: str) -> bool:
             return not name.startswith("plugins.") or name.split(".")[1] in plugins
 
-        return {n: t.detach().cpu().contiguous() for n, t in self.state_dict().items() if kept(n)}
+        # cloned, since safetensors refuses tensors that share memory
+        return {n: t.detach().cpu().contiguous().clone() for n, t in self.state_dict().items() if kept(n)}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Load an exported tokenizer, or the one in a run's folder, in evaluation mode; every tensor must fit."""
+        """Load an exported tokenizer, or the one in a run's folder, in evaluation mode; every tensor must fit.
+
+        No file is opened but these two, whatever weights the configuration names.
+        """
         folder = Path(folder)
-        folder = folder / "tokenizer" if (folder / "tokenizer" / "config.json").is_file() else folder
-        config_file, weights = folder / "config.json", folder / "model.safetensors"
-        if not config_file.is_file() or not weights.is_file():
+        folder = folder / "tokenizer" if os.path.isfile(folder / "tokenizer" / CONFIG) else folder
+        config_file, weights = folder / CONFIG, folder / WEIGHTS
+        if not os.path.isfile(config_file) or not os.path.isfile(weights):
             raise UserError(f"{folder}: neither an exported tokenizer (config.json and model.safetensors) nor a finished run")
         tokenizer = cls(_read_config(config_file))
         try:
@@ -305,18 +327,50 @@ def make_plugin(name: str, config: Any) -> Plugin:
     if not isinstance(config, kind.Config):
         try:
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind.Config), config or {}))
-        except (OmegaConfBaseException, ValueError) as error:
-            raise UserError(f"plugins.{name}: {str(error).splitlines()[0]}") from error
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise UserError(blame_field(name, vars(kind.Config()), error)) from error
     return kind(config)
 
 
+def _check_target(folder: Path) -> None:
+    """Refuse to export into a file or into somebody else's folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file is in the place of the tokenizer's folder; name another one")
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            _read_config(folder / CONFIG)
+        except (UserError, OSError) as error:
+            raise UserError(f"{folder}: holds something other than a tokenizer and is left alone; name another folder") from error
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Move a complete export into place."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    for name in (WEIGHTS, CONFIG):
+        (partial / name).replace(folder / name)
+
+
 def _read_config(path: Path) -> TokenizerConfig:
+    """Read a configuration, which may be a stranger's: it names no other file, and its numbers are possible ones."""
     try:
         content = json.loads(path.read_text())
         content.pop("versions", None)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), content))
-    except (ValueError, TypeError, AttributeError, OmegaConfBaseException) as error:
+        refuse_resolvers(content, str(path))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), content))
+    except (ValueError, TypeError, AttributeError, RecursionError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a tokenizer's configuration: {str(error).splitlines()[0]}") from error
+    config.encoder.pretrained = False
+    config.encoder.args.pop("checkpoint_path", None)  # timm would load this file too
+    if len(config.resolution) != 2 or min(config.resolution) < 1:
+        raise UserError(f"{path}: resolution: {config.resolution!r} will not do; it must be [height, width] in pixels")
+    numbers = {"encoder.stride": config.encoder.stride, "codebook.size": config.codebook.size,
+               "codebook.width": config.codebook.width}
+    for key, value in numbers.items():
+        if value < 1:
+            raise UserError(f"{path}: {key}: {value!r} will not do; it must be at least 1")
+    return config
 
 
 def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
