@@ -38,8 +38,8 @@ def make_codebook(size: int, width: int) -> Any:
 def quantize(latents: Any, codebook: Any, grid: tuple[int, int], progress: Any) -> Any:
     """Choose a code for each latent and return `vqzoo.Quantized`.
 
-    latents [B, N, D] float32, N = h·w in row-major order of grid. Called in each forward, with autocast off, in training and
-    evaluation (then progress is None, and the result must depend on latents and codebook only).
+    latents [B, N, D] float32, N = h·w in row-major order of grid. Called in each forward, with autocast off. In evaluation
+    progress is None, the result must depend on latents and codebook only, and no process may wait for another.
     """
 
 

@@ -22,7 +22,14 @@ from vqzoo.manager import Hooks, find, make_manager
 from vqzoo.networks import Encoder, make_decoder
 from vqzoo.plugin import Plugin, Progress, Quantized
 from vqzoo.recipe import (
-    CodebookConfig, DecoderConfig, EncoderConfig, Recipe, blame_field, plain, refuse_resolvers, versions,
+    CodebookConfig,
+    DecoderConfig,
+    EncoderConfig,
+    Recipe,
+    blame_field,
+    plain,
+    refuse_resolvers,
+    versions,
 )
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -53,6 +60,11 @@ class Output:
     indices: Tensor | None
     extras: dict[str, Tensor]
     losses: dict[str, Tensor]
+
+    def detached(self) -> "Output":
+        """Return the same values without their graph and without the losses."""
+        extras = {name: value.detach() for name, value in self.extras.items()}
+        return Output(self.reconstructions.detach(), self.latents.detach(), self.codes.detach(), self.indices, extras, {})
 
 
 class Tokenizer(nn.Module):
@@ -340,7 +352,7 @@ def _check_target(folder: Path) -> None:
         try:
             _read_config(folder / CONFIG)
         except (UserError, OSError) as error:
-            raise UserError(f"{folder}: holds something other than a tokenizer and is left alone; name another folder") from error
+            raise UserError(f"{folder}: holds something else than a tokenizer and is left alone; name another") from error
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -281,8 +281,7 @@ class Trainer:
                 self.accelerator.backward(sum(found.values()) / self.recipe.accumulate)
             for name, value in found.items():
                 losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
-            output.reconstructions, output.losses = output.reconstructions.detach(), {}
-            outputs.append(output)
+            outputs.append(output.detached())
         self._check_every_parameter_has_a_gradient(self.tokenizer)
         if not self._apply(self.optimizer, self.tokenizer, self.recipe.optim.clip, losses):
             return None
