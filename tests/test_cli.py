@@ -2,6 +2,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -135,6 +136,16 @@ def test_a_run_that_blows_up_exits_with_1_and_names_the_step(recipe, tmp_path):
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("command, target, hint", [
+    ("run", "vqzoo.trainer.Trainer.run", "vqzoo: interrupted; continue with --resume\n"),
+    ("check", "vqzoo.explain.predict_memory", "vqzoo: interrupted\n"),
+])
+def test_ctrl_c_ends_a_command_without_a_traceback(recipe, tmp_path, monkeypatch, command, target, hint):
+    monkeypatch.setattr(target, lambda *_: signal.raise_signal(signal.SIGINT))
+    done = call(command, recipe, *(["--out", tmp_path / "out"] if command == "run" else []))
+    assert (done.code, done.err) == (130, hint)
+
+
 # check
 
 
@@ -226,6 +237,17 @@ def test_whole_keeps_each_images_own_shape(trained, tokenizer, pictures, tmp_pat
     for name, path, size in zip(("cat", "cat_", "dog"), pictures, ((32, 40), (64, 32), (36, 68)), strict=True):
         decoded = np.asarray(Image.open(folder / f"{name}.png"))
         assert np.array_equal(decoded, through_the_forward(tokenizer, path, size))
+
+
+def test_encode_gives_no_tokens_a_name_that_cannot_be_read_back(trained, pictures, tmp_path):
+    tokens, folder = tmp_path / "tokens.safetensors", tmp_path / "decoded"
+    names = ["__metadata__.png", "...png", "..png", ".png"]
+    for name in names:
+        shutil.copy(pictures[0], tmp_path / name)
+    succeed("encode", trained.folder, *(tmp_path / name for name in names), "--out", tokens)
+    assert len(load_file(tokens)) == 4 and "__metadata___" in load_file(tokens)
+    succeed("decode", trained.folder, tokens, "--out", folder)
+    assert len(list(folder.iterdir())) == 4
 
 
 # plugins
@@ -405,7 +427,7 @@ def test_unknown_and_missing_options_are_refused(refused, words):
 
 def test_what_is_no_tokenizer_is_told(refused, tmp_path, small_photos, pictures):
     (tmp_path / "folder").mkdir()
-    for folder in ("folder", "nowhere", pictures[0]):
+    for folder in ("folder", "nowhere", pictures[0], "a" * 300):
         for words in (["eval", folder, "--data", small_photos / "val"], ["encode", folder, pictures[0], "--out", "t"],
                       ["decode", folder, "t", "--out", "d"]):
             refused(words, folder, "neither an exported tokenizer")
@@ -461,6 +483,8 @@ def test_a_wrong_image_for_encode_is_told(refused, trained, tmp_path, pictures, 
     (torch.ones(4, dtype=torch.int32), "[B, h, w]"),
     (torch.ones(4, 4, 2, dtype=torch.int32), "codes per token"),
     (torch.ones(4, 4, 2, 2, dtype=torch.int32), "[B, h, w]"),
+    (torch.ones(0, 4, dtype=torch.int32), "[1, 0, 4]"),
+    (torch.ones(4, 0, dtype=torch.int32), "[1, 4, 0]"),
 ])
 def test_wrong_tokens_are_told(refused, trained, tmp_path, content, fragment):
     save_file({"photo": content}, tmp_path / "tokens.safetensors")
@@ -484,10 +508,18 @@ def test_what_is_no_file_of_tokens_is_told(refused, trained, tmp_path, content):
     refused(["decode", trained.folder, "nowhere", "--out", "decoded"], "nowhere: not a file of tokens")
 
 
-@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/b"])
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "a/b", "", ".", "..", "a/.."])
 def test_tokens_cannot_place_a_picture_outside_the_folder(refused, trained, tmp_path, name):
     save_file({name: torch.zeros(4, 4, dtype=torch.int32)}, tmp_path / "tokens.safetensors")
     refused(["decode", trained.folder, "tokens.safetensors", "--out", "decoded"], repr(name), "tokens.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "nul\0l", "taken"])
+def test_a_picture_that_cannot_be_written_is_told(refused, trained, tmp_path, name):
+    (tmp_path / "decoded" / "taken.png").mkdir(parents=True)
+    save_file({name: torch.zeros(4, 4, dtype=torch.int32)}, tmp_path / "tokens.safetensors")
+    refused(["decode", trained.folder, "tokens.safetensors", "--out", "decoded"], "tokens.safetensors: ", repr(name),
+            "cannot be written")
 
 
 def test_a_folder_that_cannot_be_written_is_told_by_decode(refused, trained, tmp_path, recipe):

@@ -1,6 +1,8 @@
 """The built-in plugins: what each computes, against float64 references, and whole tokenizers made of them."""
 
 import copy
+import json
+import re
 from itertools import product
 from types import SimpleNamespace
 
@@ -154,7 +156,7 @@ def test_straight_through_has_the_value_of_the_codes_and_the_gradient_of_the_lat
 
 
 def test_vq_refuses_an_unknown_initialisation():
-    with pytest.raises(ValueError, match="vq.init: 'unifrom'"):
+    with pytest.raises(ValueError, match="^init: 'unifrom'"):
         plugin("vq", init="unifrom")
 
 
@@ -353,8 +355,30 @@ def test_nsvq_stays_when_the_encoder_is_frozen_and_the_commitment_goes():
     ("field", "value"), [("temperature", 0.0), ("temperature", -1.0), ("temperature", float("nan")), ("patience", 0)]
 )
 def test_nsvq_refuses_values_that_cannot_work(field, value):
-    with pytest.raises(ValueError, match=f"nsvq.{field}: {value}"):
+    with pytest.raises(ValueError, match=f"^{field}: {value}"):
         plugin("nsvq", **{field: value})
+
+
+WEIGHTS = {"vq": ("codebook_weight", "commitment_weight"), "simvq": ("codebook_weight", "commitment_weight"),
+           "nsvq": ("weight", "temperature", "replace_after", "noise"), "pixel": ("l1", "l2")}
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in WEIGHTS.items() for field in fields])
+def test_a_weight_that_is_negative_or_not_finite_is_refused(name, field, value):
+    with pytest.raises(ValueError, match=f"^{field}: {value} must be a finite number, not negative"):
+        plugin(name, **{field: value})
+
+
+def test_pixel_refuses_to_have_no_loss():
+    with pytest.raises(ValueError, match="^l1: 0.0 with l2: 0.0"):
+        plugin("pixel", l1=0.0)
+
+
+@pytest.mark.parametrize("config", [{"codebook_weight": -1.0}, {"codebook_weight": "heavy"}, {"init": "zeros"}])
+def test_a_plugins_plain_fields_are_refused_under_their_full_key(config):
+    with pytest.raises(UserError, match=rf"^plugins\.vq\.{next(iter(config))}: "):
+        tokenizer("vq", vq=config)
 
 
 # ---- nsvq: replacement
@@ -581,7 +605,7 @@ def test_kmeans_collects_as_many_latents_per_code_as_asked():
 
 @pytest.mark.parametrize("config", [{"latents_per_code": 0}, {"iterations": 0}])
 def test_kmeans_refuses_values_that_cannot_work(config):
-    with pytest.raises(ValueError, match=f"kmeans.{next(iter(config))}"):
+    with pytest.raises(ValueError, match=f"^{next(iter(config))}: 0 "):
         plugin("kmeans", **config)
 
 
@@ -624,6 +648,94 @@ def test_exporting_again_writes_the_same_tensors(tmp_path):
     one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
     assert same(one, two) and not any(name.startswith("plugins.nsvq") for name in one)
     assert (tmp_path / "one" / "config.json").read_text() == (tmp_path / "two" / "config.json").read_text()
+
+
+def test_exporting_over_a_tokenizer_replaces_its_two_files_and_no_others(tmp_path):
+    tokenizer("vq").save_pretrained(tmp_path / "kept")
+    (tmp_path / "kept" / "notes.txt").write_text("mine")
+    other = tokenizer("simvq", seed=1)
+    other.save_pretrained(tmp_path / "kept")
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+    assert same(Tokenizer.from_pretrained(tmp_path / "kept").state_dict(), other.state_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("file", ["thesis.txt", "config.json", "model.safetensors"])
+def test_exporting_into_a_strangers_folder_is_refused_and_changes_nothing(file, tmp_path):
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / file).write_text('{"model_type": "bert"}')
+    for target in (folder, folder / file):
+        with pytest.raises(UserError, match=str(target)):
+            tokenizer("vq").save_pretrained(target)
+    assert [path.read_text() for path in folder.iterdir()] == ['{"model_type": "bert"}']
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_an_export_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    made = tokenizer("vq")
+    made.save_pretrained(tmp_path / "kept")
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("vqzoo.tokenizer.save_file", fail)
+    for name in ("kept", "new"):
+        with pytest.raises(OSError, match="no space left"):
+            tokenizer("vq", seed=1).save_pretrained(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert same(Tokenizer.from_pretrained(tmp_path / "kept").state_dict(), made.state_dict())
+
+
+def test_tied_tensors_can_be_exported(tmp_path):
+    made = tokenizer("vq")
+    made.decoder.tied = made.decoder.conv_out.weight
+    made.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(tensors["decoder.tied"], tensors["decoder.conv_out.weight"])
+    assert torch.equal(tensors["decoder.tied"], made.decoder.tied)
+
+
+def edit(folder, key, value):
+    """Set a key of an exported tokenizer's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    *path, last = key.split(".")
+    node = config
+    for part in path:
+        node = node[part]
+    node[last] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("resolution", []), ("resolution", [32]), ("resolution", [0, 32]), ("resolution", [32, -32]), ("resolution", [32, 32, 32]),
+    ("codebook.size", 0), ("codebook.width", -1), ("encoder.stride", 0),
+])
+def test_an_impossible_number_in_a_strangers_export_is_a_user_error(key, value, tmp_path):
+    tokenizer("vq").save_pretrained(tmp_path)
+    edit(tmp_path, key, value)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'config.json'}: {key}: {value!r}")):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["encoder.pretrained", "encoder.args.checkpoint_path"])
+def test_no_file_that_an_export_names_is_opened(key, tmp_path):
+    made, canary = tokenizer("vq"), tmp_path / "canary.pth"
+    made.save_pretrained(tmp_path / "export")
+    edit(tmp_path / "export", key, str(canary))
+    canary.write_bytes(b"not weights: whoever opens this fails")
+    loaded = Tokenizer.from_pretrained(tmp_path / "export")
+    assert same(loaded.state_dict(), made.state_dict())
+
+
+def test_the_environment_is_not_read_into_an_export(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "canary")
+    tokenizer("vq").save_pretrained(tmp_path)
+    edit(tmp_path, "encoder.name", "${oc.env:SECRET}")
+    with pytest.raises(UserError, match=r"config.json: encoder.name: ") as caught:
+        Tokenizer.from_pretrained(tmp_path)
+    assert "canary" not in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
@@ -677,9 +789,11 @@ def test_evaluation_does_not_depend_on_the_rest_of_the_batch():
     assert (whole == single).float().mean() > 0.99  # a near-tie may fall otherwise by rounding
 
 
-@pytest.mark.parametrize(
-    "indices", [torch.full((1, 2, 2), 16), torch.full((1, 2, 2), -1), torch.zeros(4, dtype=torch.int64)]
-)
+@pytest.mark.parametrize("indices", [
+    torch.full((1, 2, 2), 16), torch.full((1, 2, 2), -1), torch.zeros(4, dtype=torch.int64),
+    torch.zeros(1, 0, 2).long(), torch.zeros(1, 2, 0).long(), torch.zeros(1, 2, 2, 0).long(),
+    torch.full((1, 2, 2), 2**64 - 1, dtype=torch.uint64), torch.zeros(1, 2, 2, dtype=torch.complex64),
+])
 def test_decode_refuses_what_is_not_indices_of_its_codebook(indices):
     with pytest.raises(ValueError, match="indices must be"):
         tokenizer("vq").decode(indices)

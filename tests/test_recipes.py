@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from vqzoo import Plugin, manager
 from vqzoo.errors import UserError
 from vqzoo.prepare import build, enter
-from vqzoo.recipe import difference, find_recipe, load_recipe, plain, shipped, to_yaml
+from vqzoo.recipe import changes, difference, find_recipe, load_recipe, plain, shipped, to_yaml
 from vqzoo.trainer import Trainer
 
 MINIMAL = "epochs: 3\nplugins: {vq: {}, pixel: {}}\n"
@@ -183,16 +183,22 @@ def test_an_interpolation_that_leads_nowhere_is_a_user_error(refusal, text, key)
 def test_an_interpolation_takes_the_other_keys_value(written):
     recipe = load_recipe(written(MINIMAL + "codebook: {size: '${epochs}', width: '${codebook.size}'}"))
     assert recipe.codebook.size == recipe.codebook.width == 3
+    recipe = load_recipe(written(MINIMAL), ["encoder.args={width: '${codebook.${encoder.args.key}}', key: size}"])
+    assert recipe.encoder.args["width"] == recipe.codebook.size
 
 
 @pytest.mark.parametrize("text, key", [
     ("plugins: {nsvq: {temperature: 0}}", "plugins.nsvq.temperature"),
     ("plugins: {nsvq: {patience: 0}}", "plugins.nsvq.patience"),
     ("plugins: {vq: {init: zeros}}", "plugins.vq.init"),
-    ("plugins: {vq: {}, kmeans: {iterations: 0}}", "plugins.kmeans."),
+    ("plugins: {vq: {codebook_weight: -1}}", "plugins.vq.codebook_weight"),
+    ("plugins: {simvq: {commitment_weight: .nan}}", "plugins.simvq.commitment_weight"),
+    ("plugins: {nsvq: {noise: .inf}}", "plugins.nsvq.noise"),
+    ("plugins: {pixel: {l2: -1}}", "plugins.pixel.l2"),
+    ("plugins: {vq: {}, kmeans: {iterations: 0}}", "plugins.kmeans.iterations"),
 ])
 def test_a_plugins_own_check_is_told_with_plugin_and_field(refusal, text, key):
-    assert key in refusal(text)
+    assert f": {key}: " in refusal(text)
 
 
 def test_a_strangers_check_is_told_with_the_plugins_name(refusal, monkeypatch):
@@ -202,6 +208,41 @@ def test_a_strangers_check_is_told_with_the_plugins_name(refusal, monkeypatch):
     monkeypatch.setattr(manager, "entry_points", with_odd)
     assert "plugins.odd: an odd number is wanted" in refusal("plugins: {vq: {}, odd: {number: 2}}")
     assert "plugins.odd.number" in refusal("plugins: {vq: {}, odd: {number: two}}")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "folder/" + "a" * 5000 + ".yaml", "null\0byte", ""])
+def test_a_name_that_no_file_can_have_is_an_unknown_recipe(name):
+    with pytest.raises(UserError, match="no such file"):
+        load_recipe(name)
+
+
+RESOLVERS = ["${oc.env:SECRET}", "a ${oc.env:SECRET,b}", "${oc.${seed}:SECRET}", "${oc.env:${seed}}", "${oc.decode:'${seed}'}"]
+
+
+@pytest.mark.parametrize("value", RESOLVERS)
+@pytest.mark.parametrize("text, key", [
+    ("data: {root: \"VALUE\"}", "data.root"),
+    ("optim: {betas: [0.9, \"VALUE\"]}", "optim.betas[1]"),
+    ("stages: [{freeze: [\"VALUE\"]}]", "stages[0].freeze[0]"),
+    ("plugins: {vq: {init: \"VALUE\"}}", "plugins.vq.init"),
+    ("plugins: \"VALUE\"", "plugins"),
+])
+def test_a_resolver_is_refused_and_the_environment_never_read(refusal, monkeypatch, text, key, value):
+    monkeypatch.setenv("SECRET", "canary")
+    message = refusal(text.replace("VALUE", value))
+    assert f": {key}: " in message and "canary" not in message
+
+
+@pytest.mark.parametrize("value", RESOLVERS)
+@pytest.mark.parametrize("key", ["data.root", "stages[0].name", "encoder.args.width"])
+def test_a_resolver_in_an_override_is_refused(refusal, monkeypatch, key, value):
+    monkeypatch.setenv("SECRET", "canary")
+    message = refusal(STAGES, f"{key}={value}")
+    assert f": {key}: " in message and "canary" not in message
+
+
+def test_a_resolver_inside_an_overriding_mapping_is_refused_under_its_full_key(refusal):
+    assert ": encoder.args.mult[0]: " in refusal(STAGES, "encoder={args: {mult: ['${oc.env:SECRET}']}}")
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones():
@@ -247,6 +288,41 @@ def test_an_override_changes_that_key_alone(written, override, key, value):
     assert node == value
     (changed,) = (line.split(":")[0] for line in difference(before, found))
     assert key.startswith(changed) or changed.startswith(key)
+
+
+@pytest.mark.parametrize("override, key, value", [
+    ("plugins={pixel: {l2: 1}}", "plugins", {"pixel": {"l1": 1.0, "l2": 1.0}}),
+    ("plugins={}", "plugins", {}),
+    ("plugins.nsvq={}", "plugins.nsvq.weight", 0.1),
+    ("plugins.nsvq=", "plugins.nsvq.weight", 0.1),
+    ("encoder.args={}", "encoder.args", {}),
+    ("encoder.args={patch: 4}", "encoder.args", {"patch": 4}),
+    ("hooks={}", "hooks", {}),
+    ("optim.scale={'decoder.*': 2}", "optim.scale", {"decoder.*": 2.0}),
+    ("stages=[{}]", "stages", [{"name": "train", "epochs": None, "freeze": [], "hooks": {}}]),
+    ("stages[1]={name: last}", "stages.1", {"name": "last", "epochs": None, "freeze": [], "hooks": {}}),
+    ("stages[1].hooks={}", "stages.1.hooks", {}),
+])
+def test_an_override_with_a_mapping_or_a_list_replaces(written, override, key, value):
+    node = plain(load_recipe(written("""
+epochs: 3
+encoder: {args: {width: 8, mult: [1, 2]}}
+plugins: {vq: {}, nsvq: {weight: 3}, pixel: {l1: 2}}
+hooks: {quantize: [vq]}
+optim: {scale: {"encoder.*": 5}}
+stages: [{name: joint, epochs: 2}, {name: refine, freeze: ["encoder.*"], hooks: {refresh_codes: []}}]
+"""), [override]))
+    for part in key.split("."):
+        node = node[int(part) if part.isdigit() else part]
+    assert node == value
+
+
+@pytest.mark.parametrize("override, key", [
+    ("stages[0].epochs=2", "stages"), ("stages[0]={name: a}", "stages"), ("data.resolution[1]=32", "data.resolution"),
+    ("encoder.args.mult[0]=1", "encoder.args.mult"),
+])
+def test_an_item_of_a_list_that_the_recipe_does_not_set_is_told(refusal, override, key):
+    assert f": {key}: the recipe sets no such list; set it whole, as in {key}=[...]" in refusal(MINIMAL, override)
 
 
 @pytest.mark.parametrize("spelling", ["no", "'no'", "off", "false"])
@@ -302,6 +378,18 @@ def test_difference_names_each_key_with_both_values(written):
     assert difference(other, one)[1] == "plugins.kmeans: {'latents_per_code': 32, 'iterations': 10} → None"
     stages = difference(one, plain(load_recipe(path, ["stages[0].epochs=1"])))
     assert len(stages) == 1 and stages[0].startswith("stages: [{'name': 'joint', 'epochs': 2")
+
+
+def test_changes_leave_out_what_does_not_alter_a_run(written):
+    path = written(STAGES)
+    then = load_recipe(path)
+    harmless = ["log.steps=7", "log.images=2", "checkpoint.keep=9", "checkpoint.epochs=3", "data.workers=0",
+                "data.eval_batch_size=3", "versions.torch='9'"]
+    assert len(difference(plain(then), plain(load_recipe(path, harmless)))) == len(harmless)
+    assert changes(then, load_recipe(path, harmless)) == []
+    harmful = ["seed=4", "init_from=elsewhere", "data.batch_size=3", "plugins.kmeans={}"]
+    found = changes(then, load_recipe(path, harmless + harmful))
+    assert sorted(line.split(":")[0] for line in found) == ["data.batch_size", "init_from", "plugins.kmeans", "seed"]
 
 
 # The recipes that come with vqzoo

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -318,7 +318,7 @@ class Tokenizer(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
         """Load an exported tokenizer, or the one in a run's folder, in evaluation mode; every tensor must fit.
 
-        No file is opened but these two, whatever weights the configuration names.
+        No other weights are opened, whatever the configuration names.
         """
         folder = Path(folder)
         folder = folder / "tokenizer" if os.path.isfile(folder / "tokenizer" / CONFIG) else folder
@@ -340,7 +340,7 @@ def make_plugin(name: str, config: Any) -> Plugin:
         try:
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind.Config), config or {}))
         except (OmegaConfBaseException, ValueError, TypeError) as error:
-            raise UserError(blame_field(name, vars(kind.Config()), error)) from error
+            raise UserError(blame_field(name, (f.name for f in fields(kind.Config)), error)) from error
     return kind(config)
 
 
