@@ -499,6 +499,8 @@ def test_tokens_of_another_tokenizer_are_told(refused, trained, tmp_path, pictur
         assert file.metadata()["codebook_size"] == "24"
     save_file(load_file(tokens), tokens, {"codebook_size": "4096"})
     refused(["decode", trained.folder, tokens, "--out", "decoded"], tokens, "4096", "24")
+    save_file(load_file(tokens), tokens, {"codebook_size": "24", "codebook": "0123456789abcdef"})
+    refused(["decode", trained.folder, tokens, "--out", "decoded"], tokens, "another tokenizer")
 
 
 @pytest.mark.parametrize("content", [b"", b"no tokens at all", (1 << 60).to_bytes(8, "little") + b"{}"])

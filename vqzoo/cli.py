@@ -107,6 +107,8 @@ def _run(options: argparse.Namespace) -> None:
     count, run = result["metrics"]["images"], result["run"]
     print(f"\n{count} held-out images after {run['step']} steps in {run['seconds'] / 60:.1f} minutes\n")
     print(table(result["metrics"]))
+    for name in result["card"]["files_left_out"]:
+        print(f"vqzoo: {name} does not decode and was left out", file=sys.stderr)
     print(f"\n  reconstructions  {out / 'reconstructions.png'}\n  TensorBoard      {out / 'tensorboard'}"
           f"\n  tokenizer        {out / 'tokenizer'}\n  all numbers      {out / 'metrics.json'}\n")
     print(NEXT.format(out=out))
@@ -172,11 +174,13 @@ def _encode(options: argparse.Namespace) -> None:
         while name in tokens or name in NO_NAME:
             name += "_"
         tokens[name] = tokenizer.encode(image)[0].int()
-        print(f"{path}: {' x '.join(map(str, tokens[name].shape))} tokens")
+        kept = "whole" if options.whole else f"cropped to {resolution[0]}x{resolution[1]} pixels (--whole keeps its size)"
+        print(f"{path}: {' x '.join(map(str, tokens[name].shape))} tokens, {kept}")
     out = Path(options.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tokens, out, {"format": "pt", "codebook_size": str(tokenizer.codebook.size)})
+        codebook = tokenizer.codebook
+        save_file(tokens, out, {"format": "pt", "codebook_size": str(codebook.size), "codebook": codebook.fingerprint()})
     except Exception as error:
         raise UserError(f"--out: {out} cannot be written: {error}") from error
 
@@ -199,7 +203,7 @@ def _decode(options: argparse.Namespace) -> None:
     from vqzoo.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_pretrained(options.tokenizer)
-    tokens = _read_tokens(options.tokens, tokenizer.codebook.size)
+    tokens = _read_tokens(options.tokens, tokenizer.codebook)
     out = Path(options.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -218,18 +222,20 @@ def _decode(options: argparse.Namespace) -> None:
         print(path)
 
 
-def _read_tokens(path: str, size: int) -> dict[str, Any]:
-    """Read what `vqzoo encode` wrote for a codebook of this size; each name must do as a file's name."""
+def _read_tokens(path: str, codebook: Any) -> dict[str, Any]:
+    """Read what `vqzoo encode` wrote with this codebook; each name must do as a file's name."""
     from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            made_for = (file.metadata() or {}).get("codebook_size", str(size))
+            made = file.metadata() or {}
             tokens = {name: file.get_tensor(name) for name in file.keys()}
     except Exception as error:
         raise UserError(f"{path}: not a file of tokens that `vqzoo encode` wrote ({error})") from error
-    if made_for != str(size):
-        raise UserError(f"{path}: made by a tokenizer of {made_for} codes, and this one has {size}")
+    if made.get("codebook_size", str(codebook.size)) != str(codebook.size):
+        raise UserError(f"{path}: made by a tokenizer of {made['codebook_size']} codes, and this one has {codebook.size}")
+    if made.get("codebook", codebook.fingerprint()) != codebook.fingerprint():
+        raise UserError(f"{path}: made by another tokenizer: its codebook is not this one's")
     for name in tokens:
         if Path(name).name != name or name in NO_NAME:
             raise UserError(f"{path}: {name!r} cannot be the name of a picture")

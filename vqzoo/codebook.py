@@ -1,5 +1,6 @@
 """The codebook: K codes of width D, however a method stores or computes them."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,6 +53,13 @@ class Codebook(nn.Module):
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes [..., D] of indices [...]; exactly what `quantize` gives for them in evaluation."""
         return self.vectors()[indices]
+
+    def fingerprint(self) -> str:
+        """Return a short hash of what is stored, by which tokens know the codebook that they belong to."""
+        digest = hashlib.sha256(f"{self.size} {self.width}".encode())
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def replace_(self, rows: Tensor, vectors: Tensor, smooth: bool = False) -> None:

@@ -431,8 +431,8 @@ def _folder(config: DataConfig, split: str) -> Path:
     if not own.is_dir():
         inside = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         raise UserError(
-            f"data.{split}: no folder {getattr(config, split)!r} in {root}; sub-folders: {', '.join(inside) or 'none'};"
-            f" name one with data.{split}=NAME, or use the root itself with data.{split}=."
+            f"data.{split}: no folder {getattr(config, split)!r} in {root}; sub-folders: {', '.join(inside) or 'none'}; "
+            f"name one with data.{split}=NAME, or make one: training and evaluation need images of their own"
         )
     real, rival = own.resolve(), other.resolve()
     if rival.is_dir() and (real == rival or real in rival.parents or rival in real.parents):

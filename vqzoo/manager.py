@@ -187,7 +187,8 @@ class _Router:
         if self.single and routed is None:
             providers = [impl for impl in providers if not impl.trylast] or providers
         if self.single and len(providers) > 1:
-            raise UserError(f"{self.key}: {self._names(providers)} all offer {self.hook.name}; name one here")
+            raise UserError(f"{self.key}: {self._names(providers)} all offer {self.hook.name}; name one here, "
+                            f"as in {self.key}=[{providers[0].plugin_name}]")
         if not providers and wrappers and (routed or required):
             raise UserError(f"{self.key}: {self._names(wrappers)} only wraps what another returns; {self._offers()}")
         if not providers and required and not (routed == [] and self.hook.name == "embedding_loss"):
