@@ -11,7 +11,9 @@ import torch.multiprocessing
 
 from vqzoo.ops import (
     all_reduce_sum,
+    broadcast,
     code_usage,
+    gather_names,
     gather_rows,
     nearest_codes,
     nonstationary_loss,
@@ -329,6 +331,8 @@ def test_collectives_are_the_identity_on_one_process():
     tensor = normal(3, 2).requires_grad_()
     assert all_reduce_sum(tensor) is tensor
     assert torch.equal(gather_rows(tensor), tensor) and not gather_rows(tensor).requires_grad
+    assert torch.equal(broadcast(tensor), tensor) and not broadcast(tensor).requires_grad
+    assert gather_names(["zero"]) == ["zero"]
 
 
 def work(rank, port):
@@ -344,6 +348,9 @@ def work(rank, port):
     rows = gather_rows(torch.tensor([[rank, 1], [rank, 2]]).t())
     assert rows.tolist() == [[0, 0], [1, 2], [1, 1], [1, 2]]
     assert gather_rows(tensor).shape == (4, 3)
+    first = broadcast(tensor)
+    assert torch.equal(first, torch.arange(6.0).reshape(3, 2).t()) and not first.requires_grad
+    assert gather_names(["zero", "nought"] if rank == 0 else ["one"]) == ["zero", "nought", "one"]
     torch.distributed.destroy_process_group()
 
 
