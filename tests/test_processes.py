@@ -1,6 +1,7 @@
 """Two real processes (gloo on CPU) do what one does, and end alike when something is wrong."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -27,7 +28,7 @@ plugins:
   vq: {}
   nsvq: {replace_after: 0, noise: 0.05}
   pixel: {}
-  adversary: {adaptive: false}
+  gan: {layers: 1, width: 8, norm: group, r1: 1.0, ramp: {refine: 2}}
   kmeans: {latents_per_code: 2, iterations: 1}
   recorder: {}
 hooks: {embedding_loss: [vq, nsvq]}
@@ -130,7 +131,7 @@ def test_hooks_see_the_whole_step_in_sample_order(runs):
             assert torch.equal(two[key], one[key]), key
         for key in ("latents", "vectors", "means"):
             torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5)
-    assert [len(step["means"]) for step in runs.first] == [6, 6, 2, 2, 4, 4]
+    assert [len(step["means"]) for step in runs.first] == [7, 7, 2, 2, 5, 5]
 
 
 def test_the_result_is_that_of_one_process_up_to_rounding(runs):
@@ -154,6 +155,19 @@ def test_only_the_main_process_reports(runs):
     assert runs.launched.stdout.count("held-out images after") == 1
     assert runs.launched.stderr.count("stage joint → warm-up") == 1
     assert len(list((runs.two / "tensorboard").iterdir())) == 1
+
+
+def test_an_adaptive_regularised_discriminator_in_bf16_leaves_both_processes_equal(runs, tmp_path):
+    gan = ["adaptive=true", "lecam=0.1", "gradient_penalty=1", "norm=batch"]
+    arguments = [*runs.by_two, "precision=bf16", "log.steps=1", f"plugins.recorder.folder={tmp_path}"]
+    launch(["run", str(runs.recipe), *arguments, *(f"plugins.gan.{key}" for key in gan), "--out", str(tmp_path / "run")])
+    for step in range(STEPS):
+        first, second = (load_file(tmp_path / f"rank{rank}_step{step}.safetensors") for rank in range(PROCESSES))
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+    found = events(tmp_path / "run")
+    for name in ("loss/adversarial", "loss/lecam", "loss/r1", "loss/gradient_penalty", "report/adversarial_weight"):
+        assert all(math.isfinite(e.value) for e in found.Scalars(name)), name
+    assert found.Scalars("report/adversarial_weight")[-1].value > 0
 
 
 def test_a_mistake_ends_both_processes_with_status_2(runs):

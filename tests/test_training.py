@@ -174,7 +174,7 @@ def test_tensorboard_has_what_is_promised(finished):
         "train/images_per_second", "train/peak_mib", "codes/usage", "codes/perplexity", "codes/dead", "codes/replaced",
         "held_out/psnr", "drift/encoder_drift", "drift/assignment_churn",
     } <= scalars
-    assert found.Tags()["histograms"] == ["codes/log10_of_1_plus_assignments"]
+    assert found.Tags()["histograms"] == ["codes/log10_of_1_plus_assignments", "codes/age"]
     assert len(found.Images("reconstructions")) == 3  # after epochs 2 and 4 and at the end
     text = " ".join(e.tensor_proto.string_val[0].decode() for e in found.Tensors("events/text_summary"))
     assert "joint → warm-up" in text and "warm-up → refine" in text
@@ -633,9 +633,9 @@ def test_bf16_leaves_the_quantizer_in_float32(recipe, tmp_path, listeners):
 
         return listener
 
-    listeners.update({hook: note(hook) for hook in ("quantize", "embedding_loss", "reconstruction_loss")})
     try:
         job = Trainer(recipe(NSVQ, "precision=bf16", "epochs=3", "stages[0].epochs=1"), tmp_path / "run")
+        listeners.update({hook: note(hook) for hook in ("quantize", "embedding_loss", "reconstruction_loss")})
         conv = next(m for m in job.tokenizer.decoder.modules() if isinstance(m, torch.nn.Conv2d))
         low = set()
         conv.register_forward_hook(lambda module, _, output: low.add((module.training, output.dtype)))

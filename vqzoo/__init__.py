@@ -1,20 +1,24 @@
 """A modular, plugin-based zoo of image tokenizers: what a plugin's author and a tokenizer's user import."""
 
+import importlib
+
 from vqzoo.codebook import Codebook, Table
 from vqzoo.errors import NonFiniteError, PluginError, UserError
 from vqzoo.ops import all_reduce_sum
 from vqzoo.plugin import Plugin, Progress, Quantized, check_weights, hookimpl
 
 __all__ = [
-    "Codebook", "NonFiniteError", "Plugin", "PluginError", "Progress", "Quantized", "Table", "Tokenizer", "UserError",
-    "all_reduce_sum", "check_weights", "hookimpl",
+    "Codebook", "FeatureDiscriminator", "Features", "Frozen", "NonFiniteError", "PatchDiscriminator", "Plugin", "PluginError",
+    "Progress", "Quantized", "Table", "Tokenizer", "UserError", "all_reduce_sum", "check_weights", "hookimpl",
+    "load_published",
 ]
+
+DEFERRED = {"FeatureDiscriminator": "discriminators", "Features": "features", "Frozen": "features",
+            "PatchDiscriminator": "discriminators", "Tokenizer": "tokenizer", "load_published": "weights"}
+"""Names that are imported at first use, so that a plugin's import does not load timm."""
 
 
 def __getattr__(name: str):
-    # Deferred, so that a plugin's import does not load timm.
-    if name == "Tokenizer":
-        from vqzoo.tokenizer import Tokenizer
-
-        return Tokenizer
+    if name in DEFERRED:
+        return getattr(importlib.import_module(f"vqzoo.{DEFERRED[name]}"), name)
     raise AttributeError(f"module 'vqzoo' has no attribute {name!r}")

@@ -117,3 +117,11 @@ def enter_stage(leaving: Any, entering: str, tokenizer: Any, batches: Any, gener
     leaving is None before the first stage. batches iterates over training images [B, 3, H, W] of this process, endlessly.
     Called without grad before the entering stage's optimizer exists; not when a run resumes.
     """
+
+
+@many
+def report(progress: Any) -> dict:
+    """Return numbers to show beside the losses, by name: floats or 0-dim tensors, of this process.
+
+    Called without grad on every process, whenever losses are logged; the main process's numbers are written to TensorBoard.
+    """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vqzoo.errors import UserError, suggestion
 
-__all__ = ["Encoder", "make_decoder"]
+__all__ = ["Encoder", "make_decoder", "make_timm_model", "normalisation"]
 
 BATCH_NORMS = ("train", "frozen", "sync")
 
@@ -49,11 +49,8 @@ class Encoder(nn.Module):
         grid_of(resolution, stride, "encoder")
         args = dict(args or {})
         checkpointing = args.pop("grad_checkpointing", False)
-        overlay = {key: _three(args.pop(key), key) for key in ("mean", "std") if key in args}
-        if isinstance(pretrained, str):
-            overlay["file"] = _weight_file(pretrained)
         self.stride, self.width, self.name, self.frozen_batch_norm = stride, width, name, batch_norm == "frozen"
-        self.model = _timm_model(name, resolution, pretrained, overlay, args)
+        self.model = make_timm_model(name, pretrained, args, resolution)
         self.feature, channels = _take_feature(self.model, name, stride)
         if batch_norm == "sync":
             self.model = convert_sync_batchnorm(self.model)
@@ -63,8 +60,8 @@ class Encoder(nn.Module):
         config = self.model.pretrained_cfg
         strict = getattr(getattr(self.model, "patch_embed", None), "strict_img_size", config.get("fixed_input_size"))
         self.fixed_size = tuple(resolution) if strict else None
-        for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(config.get(key) or (0.5,) * 3).view(3, 1, 1), persistent=False)
+        for key, value in normalisation(self.model).items():
+            self.register_buffer(key, value, persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Map images in [-1, 1] to the range the model was made for."""
@@ -115,53 +112,79 @@ def _by(size: Sequence[int]) -> str:
 
 def _three(values: Sequence[float], key: str) -> tuple[float, ...]:
     if not isinstance(values, Sequence) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
-        raise UserError(f"encoder.args.{key}: {values!r} must be three numbers, one for each colour")
+        raise UserError(f"{key}: {values!r} must be three numbers, one for each colour")
     return tuple(values)
 
 
-def _weight_file(path: str) -> str:
+def _weight_file(path: str, key: str) -> str:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"encoder.pretrained: no file {path!r}; give the path of a weight file, true or false")
+        raise UserError(f"{key}.pretrained: no file {path!r}; give the path of a weight file, true or false")
     return str(file)
 
 
-def _timm_model(name: str, resolution: tuple[int, int], pretrained: bool | str, overlay: dict, args: dict) -> nn.Module:
-    """Create a timm model with its classifier, so that weights which do not fit are an error and not a warning."""
+def make_timm_model(
+    name: str,
+    pretrained: bool | str,
+    args: dict,
+    resolution: tuple[int, int] | None = None,
+    key: str = "encoder",
+    field: str = "name",
+) -> nn.Module:
+    """Create a timm model with its classifier, so that weights which do not fit are an error and not a warning.
+
+    `args` go to timm, except `mean` and `std`, which replace the pretrained_cfg's. A model of one image size is made for
+    `resolution`, if given. The recipe holds the name at `key`.`field`, as a UserError will say.
+    """
+    overlay = {part: _three(args[part], f"{key}.args.{part}") for part in ("mean", "std") if part in args}
+    args = {part: value for part, value in args.items() if part not in overlay}
+    if isinstance(pretrained, str):
+        overlay["file"] = _weight_file(pretrained, key)
     if ":" not in name and not is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise UserError(
-            f"encoder.name: timm knows no model {name!r}; {suggestion(name, {*near, vqgan_encoder.__name__})} "
+            f"{key}.{field}: timm knows no model {name!r}; {suggestion(name, {*near, vqgan_encoder.__name__})} "
             "and all of timm.list_models()"
         )
-    args = {**_size_args(name, resolution), **args}
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"{key}.{field}: {name!r}: {error}") from error
+    if resolution and config and config.fixed_input_size:
+        args = {"img_size": tuple(resolution), **args}
     try:
         return timm.create_model(name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, **args)
     except Exception as error:  # timm, its models and the hub raise every kind there is
         if not pretrained:
-            raise UserError(f"encoder.args: {name} does not take {args}: {_brief(error)}") from error
-        _timm_model(name, resolution, False, {}, args)  # blames the arguments if they are at fault
-        raise _weights_error(name, pretrained, error) from error
+            raise UserError(f"{key}.args: {name} does not take {args}: {_brief(error)}") from error
+        make_timm_model(name, False, args, resolution, key, field)  # blames the arguments if they are at fault
+        raise _weights_error(name, pretrained, error, key) from error
 
 
-def _size_args(name: str, resolution: tuple[int, int]) -> dict:
-    try:
-        config = get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise UserError(f"encoder.name: {name!r}: {error}") from error
-    return {"img_size": tuple(resolution)} if config and config.fixed_input_size else {}
-
-
-def _weights_error(name: str, pretrained: bool | str, error: Exception) -> UserError:
+def _weights_error(name: str, pretrained: bool | str, error: Exception, key: str) -> UserError:
     if pretrained is True:
         return UserError(
-            f"encoder.pretrained: the weights of {name} could not be had: {_brief(error)}; "
+            f"{key}.pretrained: the weights of {name}{_weights_source(name)} could not be had: {_brief(error)}; "
             "give the path of a weight file here, or false"
         )
     return UserError(
-        f"encoder.pretrained: {pretrained!r} does not hold the weights of {name}: {_brief(error)}; "
-        "encoder.args: {num_classes: 0} ignores the classifier"
+        f"{key}.pretrained: {pretrained!r} does not hold the weights of {name}: {_brief(error)}; "
+        f"{key}.args: {{num_classes: 0}} ignores the classifier"
     )
+
+
+def _weights_source(name: str) -> str:
+    """Return where timm looks for a model's weights, as a part of a sentence."""
+    config = get_pretrained_cfg(name)
+    if config and config.hf_hub_id:
+        return f" ({config.hf_hub_filename or 'model.safetensors'} of https://huggingface.co/{config.hf_hub_id})"
+    return f" ({config.url})" if config and config.url else ""
+
+
+def normalisation(model: nn.Module) -> dict[str, Tensor]:
+    """Return the mean and the std [3, 1, 1] of the images that a timm model was made for."""
+    config = model.pretrained_cfg
+    return {key: torch.tensor(config.get(key) or (0.5,) * 3).view(3, 1, 1) for key in ("mean", "std")}
 
 
 def _brief(error: Exception) -> str:

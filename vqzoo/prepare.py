@@ -39,7 +39,11 @@ def prepare(recipe: Recipe) -> Prepared:
     if accelerator.num_processes > 1:
         _check_batch_norm(tokenizer.encoder, recipe.encoder.batch_norm, accelerator.device)
     kept = init_from(tokenizer, recipe.init_from) if recipe.init_from else []
-    return Prepared(accelerator, train, val, steps, tokenizer, make_discriminator(tokenizer, recipe), kept)
+    discriminator = make_discriminator(tokenizer, recipe)
+    for number in reversed(range(len(recipe.stages))):
+        enter(tokenizer, recipe, number)
+        _rehearse_losses(tokenizer, discriminator, recipe, number)
+    return Prepared(accelerator, train, val, steps, tokenizer, discriminator, kept)
 
 
 def build(recipe: Recipe) -> Tokenizer:
@@ -92,6 +96,23 @@ def _rehearse(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
                 f"stages[{number}].hooks.stage_transition: {name} watches the loss {missing!r}, which nobody returns in stage "
                 f"{stage!r} (returned: {', '.join(sorted(returned)) or 'none'}); route it away with stage_transition: []"
             )
+
+
+def _rehearse_losses(tokenizer: Tokenizer, discriminator: nn.Module | None, recipe: Recipe, number: int) -> None:
+    """Ask once for the losses on images, as late in a run as can be: weights that are missing are found before training."""
+    progress = Progress(2**40, 2**40, recipe.stages[number].name, 2**40, 2**40, 1)
+    modules = [tokenizer] if discriminator is None else [tokenizer, discriminator]
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    images = torch.zeros(2, 3, *recipe.data.resolution)
+    with torch.random.fork_rng(devices=[]):
+        tokenizer.train()
+        reconstructions = tokenizer.decoder(torch.zeros(2, tokenizer.codebook.width, *tokenizer.grid))
+        tokenizer.reconstruction_losses(images, reconstructions, discriminator, progress)
+        if discriminator is not None and tokenizer.hooks.providers("discriminator_loss"):
+            tokenizer.discriminator_losses(images, reconstructions.detach(), discriminator, progress)
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

@@ -235,6 +235,27 @@ class Tokenizer(nn.Module):
             )
             return found, seen, hooks.answer("embedding_loss", losses, dict)
 
+    def reconstruction_losses(
+        self, images: Tensor, reconstructions: Tensor, discriminator: nn.Module | None, progress: Progress
+    ) -> list[dict[str, Tensor]]:
+        """Return the losses on reconstructions [B, 3, H, W], of each plugin that has any."""
+        hooks = self.hooks
+        found = hooks.reconstruction_loss(
+            images=images, reconstructions=reconstructions, discriminator=discriminator,
+            last_layer=self.decoder.last_layer, progress=progress,
+        )
+        return [hooks.answer("reconstruction_loss", losses, dict) for losses in found]
+
+    def discriminator_losses(
+        self, images: Tensor, reconstructions: Tensor, discriminator: nn.Module, progress: Progress
+    ) -> dict[str, Tensor]:
+        """Return the discriminator's losses on images and detached reconstructions [B, 3, H, W]."""
+        hooks = self.hooks
+        found = hooks.discriminator_loss(
+            images=images, reconstructions=reconstructions, discriminator=discriminator, progress=progress
+        )
+        return hooks.answer("discriminator_loss", found, dict)
+
     def _check_quantized(self, found: Quantized, latents: Tensor) -> None:
         wanted = (*latents.shape[:2], self.codebook.width)
         problem = None

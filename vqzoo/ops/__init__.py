@@ -1,5 +1,14 @@
 """The heavy arithmetic of quantizers: one public function per operation, on any device."""
 
+from vqzoo.ops.adversarial import (
+    DISCRIMINATOR_LOSSES,
+    GENERATOR_LOSSES,
+    discriminator_loss,
+    generator_loss,
+    input_gradient,
+    lecam,
+    mean_logit,
+)
 from vqzoo.ops.collective import all_reduce_sum, broadcast, gather_names, gather_rows
 from vqzoo.ops.embedding import embedding_losses, straight_through
 from vqzoo.ops.nearest import nearest_codes
@@ -7,12 +16,19 @@ from vqzoo.ops.nonstationary import nonstationary_loss
 from vqzoo.ops.usage import code_usage, perplexity, usage
 
 __all__ = [
+    "DISCRIMINATOR_LOSSES",
+    "GENERATOR_LOSSES",
     "all_reduce_sum",
     "broadcast",
     "code_usage",
+    "discriminator_loss",
     "embedding_losses",
     "gather_names",
     "gather_rows",
+    "generator_loss",
+    "input_gradient",
+    "lecam",
+    "mean_logit",
     "nearest_codes",
     "nonstationary_loss",
     "perplexity",
