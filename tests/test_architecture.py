@@ -24,8 +24,9 @@ PLUGINS = sorted(path for path in (ROOT / "plugins").glob("*.py") if path.name !
 HOOKS = [hook.name for hook in all_hooks(make_manager({}))]
 
 LAYERS = (
-    "errors", "plugin", "codebook", "ops", "hookspecs", "manager", "networks", "data", "recipe", "tokenizer", "metrics",
-    "monitor", "checkpoint", "stage", "prepare", "trainer", "explain", "cli", "__main__",
+    "errors", "weights", "plugin", "codebook", "ops", "hookspecs", "manager", "networks", "features",
+    "discriminators", "data", "recipe",
+    "tokenizer", "metrics", "monitor", "checkpoint", "stage", "prepare", "trainer", "explain", "cli", "__main__",
 )
 """The modules of vqzoo from the ground up: each imports only from those before it."""
 

@@ -95,11 +95,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     from vqzoo.metrics import table
-    from vqzoo.recipe import load_recipe
+    from vqzoo.recipe import load_recipe, shipped
     from vqzoo.trainer import Trainer
 
     recipe = load_recipe(options.recipe, options.overrides)
-    out = Path(options.out) if options.out else _default_folder(Path(options.recipe).stem, options.resume)
+    name = options.recipe if options.recipe in shipped() else Path(options.recipe).stem
+    out = Path(options.out) if options.out else _default_folder(name, options.resume)
     trainer = Trainer(recipe, out, options.resume)
     result = trainer.run()
     if not trainer.main:

@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 
+MOST_NAMED = 16
+"""Choices that a message lists."""
+
+
 class UserError(Exception):
     """A mistake in a recipe, a file or a command: its text names the key or file, the value and the way out.
 
@@ -20,8 +24,9 @@ class NonFiniteError(Exception):
 
 
 def suggestion(word: str, choices: Iterable[str]) -> str:
-    """Return a clause for an error message: the nearest choice, if one is near, and all of them."""
+    """Return a clause for an error message: the nearest choice, if one is near, and all of them, or the first of many."""
     names = sorted(choices)
     near = difflib.get_close_matches(word, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}choices: {', '.join(names) or 'none'}"
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{hint}choices: {', '.join(names[:MOST_NAMED]) or 'none'}{more}"

@@ -138,35 +138,41 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe, apply `key=value` overrides (`stages[0].epochs=3` too), and check every key, type and range.
+    """Read a recipe and what it extends, apply `key=value` overrides (`stages[0].epochs=3` too), and check it all.
 
-    Raises UserError naming the file and the full key.
+    `extends: NAME` in a file puts another recipe below it, a path relative to that file or a shipped recipe's name: mappings
+    are joined key by key, the base's keys first, anything else is replaced, lists too, and `key: null` takes back what the
+    base says of the key. Raises UserError naming the file and the full key.
     """
-    path = find_recipe(name)
-    raw = _read(path)
+    files = _files(find_recipe(name))
+    raw = _joined(files)
     for override in overrides or []:
         _override(raw, override)
     try:
-        recipe = _checked(raw, path)
+        return _checked(raw)
+    except UserError as error:
+        raise UserError(f"{_culprit(files, str(error))}: {error}") from error
+
+
+def _checked(raw: DictConfig) -> Recipe:
+    """Return the recipe of raw YAML, every key, type and range checked, those of plugins included."""
+    try:
+        recipe = _typed(raw)
     except OmegaConfBaseException as error:
-        raise _refusal(error, path) from error
-    _check_values(recipe, path)
+        raise _refusal(error) from error
+    _check_values(recipe)
     return recipe
 
 
-def _checked(raw: DictConfig, path: Path) -> Recipe:
-    """Return the recipe of raw YAML, every key and type checked, those of plugins included."""
+def _typed(raw: DictConfig) -> Recipe:
     schema = OmegaConf.structured(Recipe)
     if OmegaConf.is_interpolation(raw, "plugins") or not isinstance(raw.get("plugins") or {}, DictConfig | dict):
-        raise UserError(f"{path}: plugins: must map each plugin's name to its fields, as in `vq: {{}}`")
+        raise UserError("plugins: must map each plugin's name to its fields, as in `vq: {}`")
     raw.plugins = raw.get("plugins") or {}
     for plugin in list(raw.plugins):
         raw.plugins[plugin] = {} if raw.plugins[plugin] is None else raw.plugins[plugin]
-        try:
-            schema.plugins[plugin] = OmegaConf.structured(find(str(plugin)).load().Config)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-    _check_keys(raw, schema, "", path)
+        schema.plugins[plugin] = OmegaConf.structured(find(str(plugin)).load().Config)
+    _check_keys(raw, schema)
     merged = OmegaConf.merge(schema, raw)
     for plugin, config in merged.plugins.items():
         try:
@@ -174,7 +180,7 @@ def _checked(raw: DictConfig, path: Path) -> Recipe:
         except OmegaConfBaseException:
             raise
         except (ValueError, TypeError) as error:  # the plugin's own __post_init__
-            raise UserError(f"{path}: {blame_field(plugin, config, error)}") from error
+            raise UserError(blame_field(plugin, config, error)) from error
     if merged.precision == "False":
         merged.precision = "no"  # YAML reads a bare no as a boolean
     return OmegaConf.to_object(merged)
@@ -189,22 +195,87 @@ def blame_field(plugin: str, names: Iterable[str], error: Exception) -> str:
     return f"plugins.{plugin}.{text}" if key in set(names) else f"plugins.{plugin}: {text}"
 
 
-def _refusal(error: OmegaConfBaseException, path: Path, where: str = "") -> UserError:
+def _refusal(error: OmegaConfBaseException, where: str = "") -> UserError:
     key = ".".join(part for part in (where, error.full_key) if part)
-    return UserError(f"{path}: {key}{': ' if key else ''}{str(error).splitlines()[0]}")
+    return UserError(f"{key}{': ' if key else ''}{str(error).splitlines()[0]}")
 
 
-def _read(path: Path) -> DictConfig:
+def _files(path: Path) -> dict[Path, dict]:
+    """Read a recipe and what it extends; the file that extends no other comes first."""
+    files: dict[Path, dict] = {}
+    while path is not None:
+        content = _read(path)
+        base = _base(content, path)
+        files = {path: content, **files}
+        if base is not None and base.resolve() in [file.resolve() for file in files]:
+            raise UserError(f"{path}: extends: {base} extends this file in turn; one of them must stand alone")
+        path = base
+    return files
+
+
+def _base(content: dict, path: Path) -> Path | None:
+    """Take `extends` out of a file's content and return the file that it names."""
+    if "extends" not in content:
+        return None
+    name, recipes = content.pop("extends"), shipped()
+    if not isinstance(name, str):
+        raise UserError(f"{path}: extends: {name!r} is not a name; give another recipe's path, relative to this file, or a "
+                        f"shipped recipe's name; {suggestion(str(name), recipes)}")
+    beside = os.path.join(path.parent, name)
+    if os.path.isfile(beside):
+        return Path(beside)
+    if name in recipes:
+        return recipes[name]
+    raise UserError(f"{path}: extends: {name!r}: no such file, relative to this one, and no shipped recipe of that name; "
+                    f"{suggestion(name, recipes)}")
+
+
+def _joined(files: dict[Path, dict]) -> DictConfig:
+    """Lay files over one another, the base first; the versions of a base are not those of this run."""
+    joined: dict = {}
+    for content in files.values():
+        joined.pop("versions", None)
+        joined = _over(joined, content)
+    return OmegaConf.create(joined)
+
+
+def _over(base: dict, own: dict) -> dict:
+    """Return base with own laid over it: mappings key by key, anything else whole; null takes back what base says."""
+    joined = dict(base)
+    for key, value in own.items():
+        if value is None and key in base:
+            del joined[key]
+        else:
+            both = isinstance(base.get(key), dict) and isinstance(value, dict)
+            joined[key] = _over(base[key], value) if both else value
+    return joined
+
+
+def _culprit(files: dict[Path, dict], complaint: str) -> Path:
+    """Return the first of the files with which the complaint arises; the last if it takes them all or an override."""
+    *bases, last = files
+    for number, path in enumerate(bases, 1):
+        try:
+            _checked(_joined(dict(list(files.items())[:number])))
+        except UserError as error:
+            if str(error) == complaint:
+                return path
+    return last
+
+
+def _read(path: Path) -> dict:
+    """Return the content of one file, interpolations as they stand."""
     try:
         raw = OmegaConf.load(path)
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read as plain YAML: {error}") from error
     except OmegaConfBaseException as error:
-        raise _refusal(error, path) from error
+        raise UserError(f"{path}: {_refusal(error)}") from error
     if not isinstance(raw, DictConfig):
         raise UserError(f"{path}: a recipe is a mapping of keys, not {type(raw).__name__}")
-    refuse_resolvers(OmegaConf.to_container(raw), str(path))
-    return raw
+    content = OmegaConf.to_container(raw)
+    refuse_resolvers(content, str(path))
+    return content
 
 
 def refuse_resolvers(value: Any, where: str, key: str = "") -> None:
@@ -228,6 +299,8 @@ def _override(raw: DictConfig, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"{override!r} is not an override; write key=value, as in optim.lr=1e-4 or stages[0].epochs=3")
+    if key.strip() == "extends":
+        raise UserError(f"override {override!r}: extends stands in a recipe's file, not among overrides")
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
         refuse_resolvers(value, f"override {override!r}", key)
@@ -244,32 +317,33 @@ def _check_index(raw: DictConfig, key: str, override: str) -> None:
         raise UserError(f"override {override!r}: {item[1]}: the recipe sets no such list; set it whole, as in {item[1]}=[...]")
 
 
-def _check_keys(raw: Any, schema: Any, where: str, path: Path) -> None:
+def _check_keys(raw: Any, schema: Any, where: str = "") -> None:
     """Refuse keys that the dataclasses do not have, with the full key and the nearest one, and what is no list or mapping."""
     if _shape(schema) != _shape(raw) and _shape(schema):
-        raise UserError(f"{path}: {where}: {plain(raw)!r} where {_shape(schema)} is expected")
+        raise UserError(f"{where}: {plain(raw)!r} where {_shape(schema)} is expected")
     if isinstance(raw, ListConfig) and where == "stages":
         for number in range(len(raw)):
-            _check_stage(raw, number, path)
+            _check_stage(raw, number)
     if not isinstance(schema, DictConfig):
         return
     for key in raw:
         full = f"{where}.{key}" if where else str(key)
         if key in schema:
             if not OmegaConf.is_missing(raw, key) and not OmegaConf.is_interpolation(raw, key):
-                _check_keys(raw[key], schema[key], full, path)
+                _check_keys(raw[key], schema[key], full)
         elif is_dataclass(OmegaConf.get_type(schema)):
-            raise UserError(f"{path}: {full}: unknown key; {suggestion(str(key), [str(k) for k in schema])}")
+            choices = [*map(str, schema), *([] if where else ["extends"])]
+            raise UserError(f"{full}: unknown key; {suggestion(str(key), choices)}")
 
 
-def _check_stage(stages: ListConfig, number: int, path: Path) -> None:
+def _check_stage(stages: ListConfig, number: int) -> None:
     """Check one stage by itself, since OmegaConf's own message does not say which it was."""
     where, schema = f"stages[{number}]", OmegaConf.structured(StageConfig)
-    _check_keys(stages[number], schema, where, path)
+    _check_keys(stages[number], schema, where)
     try:
         OmegaConf.merge(schema, stages[number])
     except OmegaConfBaseException as error:
-        raise _refusal(error, path, where) from error
+        raise _refusal(error, where) from error
 
 
 def _shape(value: Any) -> str | None:
@@ -278,9 +352,9 @@ def _shape(value: Any) -> str | None:
     return None
 
 
-def _check_values(recipe: Recipe, path: Path) -> None:
+def _check_values(recipe: Recipe) -> None:
     def refuse(key: str, value: Any, rule: str) -> None:
-        raise UserError(f"{path}: {key}: {value!r} will not do; {rule}")
+        raise UserError(f"{key}: {value!r} will not do; {rule}")
 
     for key in ("epochs", "accumulate", "codebook.size", "codebook.width", "encoder.stride", "data.batch_size",
                 "data.eval_batch_size", "log.steps", "log.evaluate_epochs", "log.images", "log.drift_images",
