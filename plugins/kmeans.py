@@ -9,16 +9,18 @@ from vqzoo.ops import broadcast, code_usage, gather_rows, nearest_codes
 
 
 class KMeans(Plugin):
-    """k-means start: before the first stage, set the codes to the k-means centres of latents of training images.
+    """k-means start: before a stage, set the codes to the k-means centres of latents of training images.
 
     Gathers about `latents_per_code` latents per code over all processes and runs `iterations` Lloyd steps; an empty cluster
-    restarts at a random latent.
+    restarts at a random latent. `stage` names the stage, by default the first; before a stage that the recipe does not
+    have, nothing happens.
     """
 
     @dataclass
     class Config:
         latents_per_code: int = 32
         iterations: int = 10
+        stage: str | None = None
 
         def __post_init__(self):
             for name in ("latents_per_code", "iterations"):
@@ -26,8 +28,9 @@ class KMeans(Plugin):
                     raise ValueError(f"{name}: {getattr(self, name)!r} must be at least 1")
 
     @hookimpl
-    def enter_stage(self, leaving, tokenizer, batches, generator):
-        if leaving is not None:
+    def enter_stage(self, leaving, entering, tokenizer, batches, generator):
+        wanted = self.config.stage
+        if entering != wanted and (wanted is not None or leaving is not None):
             return
         codebook = tokenizer.codebook
         latents = self.collect(tokenizer, batches, codebook.size * self.config.latents_per_code)

@@ -14,7 +14,8 @@ class NSVQ(Plugin):
     weight is the paper's α and temperature its τ, on squared distances summed over D. Codes that an epoch never used are
     replaced at its end, after `replace_after` epochs, by copies of active codes, drawn in proportion to their counts,
     plus noise of standard deviation `noise`. The stage is over when the epoch mean of the commitment loss has had no new
-    minimum for `patience` epochs (eq. 13).
+    minimum for `patience` epochs (eq. 13). While codes are far from where the encoder goes, that loss rises first: where
+    epochs are short, `plateau_after` leaves out those of the beginning.
     """
 
     @dataclass
@@ -24,9 +25,10 @@ class NSVQ(Plugin):
         replace_after: int = 5
         noise: float = 0.001
         patience: int = 10
+        plateau_after: int = 0
 
         def __post_init__(self):
-            check_weights(self, "weight", "temperature", "replace_after", "noise")
+            check_weights(self, "weight", "temperature", "replace_after", "noise", "plateau_after")
             if not self.temperature:
                 raise ValueError(f"temperature: {self.temperature!r} must be positive")
             if self.patience < 1:
@@ -66,6 +68,8 @@ class NSVQ(Plugin):
     @hookimpl
     def stage_transition(self, progress):
         """End the stage when the commitment loss has stopped falling."""
+        if progress.epoch_in_stage < self.config.plateau_after:
+            return None
         commitment = progress.means["commitment"]
         if commitment < self.best_commitment:
             self.best_commitment.fill_(commitment)

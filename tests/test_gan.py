@@ -11,11 +11,11 @@ from accelerate.state import AcceleratorState
 from plugins_for_tests import Probe
 from test_training import COMMON, assert_equal_up_to_rounding, checkpoint_at, events, state, unequal
 
-from vqzoo import PatchDiscriminator, Progress, UserError, ops
+from vqzoo import PatchDiscriminator, PluginError, Progress, UserError, ops
 from vqzoo.prepare import build, enter, make_discriminator
 from vqzoo.recipe import load_recipe
 from vqzoo.tokenizer import make_plugin
-from vqzoo.trainer import Trainer
+from vqzoo.trainer import Trainer, merge_reports
 
 pytestmark = pytest.mark.usefixtures("listeners")
 GAN = "gan: {layers: 1, width: 8}"
@@ -435,3 +435,14 @@ def test_steps_of_the_two_sides_leave_each_other_no_gradient(recipe, tmp_path):
     Probe.listeners["refresh_codes"] = look
     job.run()
     assert len(seen) == 10 and not list(itertools.chain(*seen))
+
+
+# ---- what plugins report
+
+
+def test_reported_numbers_are_joined_and_checked():
+    assert merge_reports([{"a": torch.tensor(2.0)}, {}, {"b": 3}]) == {"a": 2.0, "b": 3.0}
+    with pytest.raises(PluginError, match="two plugins report a number called 'a'"):
+        merge_reports([{"a": 1}, {"a": 2}])
+    with pytest.raises(PluginError, match="hook report: 'a' is no number but Tensor"):
+        merge_reports([{"a": torch.zeros(2)}])

@@ -343,9 +343,9 @@ def test_indices_may_be_several_per_token_or_none(indices, install):
 
 
 def test_a_tokenizer_without_indices_does_not_encode(install):
-    install(continuous=broken("quantize", Quantized(CODES, None)))
+    install(smooth=broken("quantize", Quantized(CODES, None)))
     with pytest.raises(UserError, match="not discrete"):
-        tokenizer("continuous").encode(IMAGES)
+        tokenizer("smooth").encode(IMAGES)
 
 
 # ---- finding plugins

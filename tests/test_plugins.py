@@ -70,7 +70,7 @@ def spread_codes(made, images):
     """Put the codes where the latents are, so that more than one is chosen."""
     kmeans = plugin("kmeans", latents_per_code=4, iterations=2)
     with torch.no_grad():
-        kmeans.enter_stage(None, made, iter(lambda: images, None), generator())
+        kmeans.enter_stage(None, "train", made, iter(lambda: images, None), generator())
     assert made.encode(images).unique().numel() > 4
 
 
@@ -487,6 +487,14 @@ def test_a_falling_commitment_never_ends_the_stage():
     assert not any(method.stage_transition(progress(epoch, commitment=1 - 1e-9 * epoch)) for epoch in range(30))
 
 
+def test_what_the_commitment_was_before_plateau_after_does_not_count():
+    values = [0.1, 0.2, 0.9, 0.8, 0.7, 0.8, 0.7, 0.8]  # as codes lag behind, the loss first rises
+    for skipped, expected in ((0, 2), (1, 3), (2, 6), (3, 6), (6, None)):
+        method = plugin("nsvq", patience=2, plateau_after=skipped)
+        answers = [bool(method.stage_transition(progress(epoch, commitment=value))) for epoch, value in enumerate(values)]
+        assert (answers.index(True) if any(answers) else None) == expected, skipped
+
+
 def test_the_plateau_survives_a_state_dict():
     values = [3.0, 2.0, 2.5, 2.2, 2.0, 2.1, 1.9, 2.0, 2.0, 2.0, 2.0]
     through = plugin("nsvq", patience=4)
@@ -528,11 +536,11 @@ def blobs(centres, each=40, spread=0.01, seed=3):
     return latents[torch.randperm(len(latents), generator=generator(seed))][None]
 
 
-def start(codebook, latents, leaving=None, seed=0, **config):
+def start(codebook, latents, leaving=None, entering="train", seed=0, **config):
     """Let kmeans prepare a stage for an encoder that gives these latents for any images."""
     encoder = SimpleNamespace(codebook=codebook, latents=lambda images: (images, None))
     with torch.no_grad():
-        plugin("kmeans", **config).enter_stage(leaving, encoder, iter(lambda: latents, None), generator(seed))
+        plugin("kmeans", **config).enter_stage(leaving, entering, encoder, iter(lambda: latents, None), generator(seed))
     return codebook
 
 
@@ -599,7 +607,7 @@ def test_kmeans_collects_as_many_latents_per_code_as_asked():
             yield normal(1, 10, 4, seed=len(taken))
 
     made = SimpleNamespace(codebook=Table(4, 4), latents=lambda images: (images, None))
-    plugin("kmeans", latents_per_code=16).enter_stage(None, made, batches(), generator())
+    plugin("kmeans", latents_per_code=16).enter_stage(None, "train", made, batches(), generator())
     assert len(taken) == 7  # 64 latents wanted, 10 at a time
 
 

@@ -423,8 +423,8 @@ def _check(config: DataConfig) -> None:
 def _folder(config: DataConfig, split: str) -> Path:
     """Return root/<split's folder>; UserError if it is missing or shares images with the other split."""
     if not config.root:
-        raise UserError(f"data.root: not set; give the folder of the images, with {config.train}/ and {config.val}/ inside, as in "
-                        "data.root=FOLDER")
+        raise UserError(f"data.root: not set; give the folder of the images, with {config.train}/ and {config.val}/ inside, "
+                        "as in data.root=FOLDER")
     root = Path(config.root).expanduser()
     if not root.is_dir():
         raise UserError(f"data.root: {root} is not a folder")

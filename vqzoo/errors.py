@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-
 MOST_NAMED = 16
 """Choices that a message lists."""
 

@@ -11,15 +11,22 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from vqzoo.codebook import Codebook
 from vqzoo.metrics import to_bytes
+from vqzoo.ops import code_usage, nearest_codes
 from vqzoo.tokenizer import Tokenizer
+
+MOST_CODES = 4096
+"""Codes whose lag is measured; of a larger codebook, that many at even distances."""
 
 
 class Drift:
-    """Measure how far the encoder and its assignments move on fixed images between two calls.
+    """Measure on fixed images how far the encoder moves between two calls, and how the codebook follows.
 
-    "drift" is the root mean square change of a latent's element, "churn" the share of tokens that changed their code
-    (arXiv 2606.11363, eq. 7 and 19).
+    encoder_drift is the root mean square change of a latent's element and assignment_churn the share of tokens that changed
+    their code (arXiv 2606.11363, eq. 7 and 19), both since the last call. usage_fixed is the share of codes that the images
+    use. codebook_lag is the mean over codes of the Euclidean distance to the nearest latent, codebook_lag_unused that of the
+    codes that the images do not use. Lag has a meaning only where a latent is replaced by one code that could be overwritten.
     """
 
     def __init__(self, images: Tensor):
@@ -29,17 +36,31 @@ class Drift:
 
     @torch.no_grad()
     def measure(self, tokenizer: Tokenizer) -> dict[str, float]:
-        """Return drift and churn since the last call; {} at the first."""
+        """Return what can be said; drift and churn not at the first call, and nothing of codes without indices."""
         mode = tokenizer.training
         tokenizer.eval()
         output = tokenizer(self.images)
         tokenizer.train(mode)
-        found = {}
+        latents, indices, found = output.latents, output.indices, {}
         if self.latents is not None:
-            found["encoder_drift"] = float((output.latents - self.latents).square().mean().sqrt())
-        if self.indices is not None and output.indices is not None:
-            found["assignment_churn"] = float((output.indices != self.indices).float().mean())
-        self.latents, self.indices = output.latents, output.indices
+            found["encoder_drift"] = float((latents - self.latents).square().mean().sqrt())
+        if self.indices is not None and indices is not None and self.indices.shape == indices.shape:
+            found["assignment_churn"] = float((indices != self.indices).float().mean())
+        if indices is not None:
+            found |= self._codes(latents, indices, tokenizer.codebook)
+        self.latents, self.indices = latents, indices
+        return found
+
+    def _codes(self, latents: Tensor, indices: Tensor, codebook: Codebook) -> dict[str, float]:
+        """Return the usage, and the lag where it has a meaning."""
+        used = code_usage(indices, codebook.size) > 0
+        found = {"usage_fixed": float(used.float().mean())}
+        if indices.dim() == 2 and codebook.replaceable and latents.shape[2] == codebook.width:
+            chosen = slice(None, None, -(-codebook.size // MOST_CODES))
+            distances = nearest_codes(codebook.vectors()[chosen], latents.flatten(0, 1))[1].sqrt()
+            found["codebook_lag"] = float(distances.mean())
+            if len(unused := distances[~used[chosen]]):
+                found["codebook_lag_unused"] = float(unused.mean())
         return found
 
 
@@ -90,12 +111,13 @@ class Monitor:
         for name, value in values.items() if self.enabled else ():
             self.writer.add_scalar(f"{group}/{name}" if group else name, value, step)
 
-    def codes(self, counts: Tensor, step: int) -> None:
-        """Write an epoch's usage: how many codes have how many assignments, and the number of dead codes."""
+    def codes(self, counts: Tensor, ages: Tensor, step: int) -> None:
+        """Write an epoch's usage: how many codes have how many assignments, how many are how old, and how many are dead."""
         if not self.enabled:
             return
         # A few codes have most of the assignments, so only their logarithm shows the rest; dead codes stand at 0.
         self.writer.add_histogram("codes/log10_of_1_plus_assignments", (1 + counts).double().log10().cpu(), step)
+        self.writer.add_histogram("codes/age", ages.cpu(), step)
         self.writer.add_scalar("codes/dead", int((counts == 0).sum()), step)
 
     def picture(self, name: str, panel: Tensor, step: int) -> None:
@@ -115,9 +137,9 @@ class Monitor:
             self.writer.close()
 
 
-def panel(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Lay images [B, 3, H, W] in a row above their reconstructions; uint8 [3, 2H, B·W]."""
-    rows = [torch.cat(list(to_bytes(x)), dim=2) for x in (images, reconstructions)]
+def panel(*images: Tensor) -> Tensor:
+    """Lay R sets of images [B, 3, H, W] out as rows, one above the other; uint8 [3, R·H, B·W]."""
+    rows = [torch.cat(list(to_bytes(x)), dim=2) for x in images]
     return torch.cat(rows, dim=1).to(torch.uint8).cpu()
 
 

@@ -43,6 +43,7 @@ class Counters:
     skipped: int = 0
     discriminator_skipped: int = 0
     seconds: float = 0.0
+    losses: list[str] = field(default_factory=list)
     transitions: list[dict[str, Any]] = field(default_factory=list)
     files_left_out: list[str] = field(default_factory=list)
 
@@ -60,11 +61,15 @@ class Trainer:
         self.steps_per_epoch = ready.steps_per_epoch
         self.steps = self.steps_per_epoch * recipe.epochs
         self.counters = Counters()
+        self.pictures_before: dict[str, Tensor] = {}
         self.moments: Moments = {}
         self.discriminator_moments: Moments = {}
         self.tokenizer = ready.tokenizer.to(self.device)
         self.discriminator = ready.discriminator if ready.discriminator is None else ready.discriminator.to(self.device)
+        judges = () if self.discriminator is None else self.discriminator.parameters()
+        self.discriminator_parameters = [parameter for parameter in judges if parameter.requires_grad]
         self.ema = deepcopy(self.tokenizer).eval().requires_grad_(False) if recipe.ema else self.tokenizer
+        self.code_ages = torch.zeros(self.tokenizer.codebook.size, dtype=torch.int64, device=self.device)
         self.saved = saved
         if saved:
             self._restore(saved)
@@ -197,13 +202,20 @@ class Trainer:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.train()
         if self.discriminator is not None:
-            self.discriminator.requires_grad_(True).train()
+            self._train_discriminator(True)
+            self.discriminator.train()
             self.discriminator_optimizer = make_optimizer(
                 self.discriminator, recipe.discriminator_optim, self.discriminator_moments
             )
             self.discriminator_model, self.discriminator_optimizer = prepare(
                 self.discriminator, self.discriminator_optimizer
             )
+            self.accelerator.unwrap_model(self.discriminator_model, keep_fp32_wrapper=False)  # plugins switch autocast off
+
+    def _train_discriminator(self, mode: bool) -> None:
+        """Let the discriminator take gradients or not; what its plugin froze stays frozen."""
+        for parameter in self.discriminator_parameters:
+            parameter.requires_grad_(mode)
 
     def _leave_stage(self) -> None:
         """Keep the moments and give the bare modules back."""
@@ -259,6 +271,7 @@ class Trainer:
         if self.discriminator is not None and self.tokenizer.hooks.providers("discriminator_loss"):
             losses = merge_losses(losses, self._discriminator_step(images, outputs, progress))
         self._add_losses(losses)
+        self._picture_before(list(losses))
         with torch.no_grad():
             self._update_ema()
             self._refresh(outputs, progress)
@@ -270,13 +283,13 @@ class Trainer:
         """Return the losses, the outputs and the images of all micro-batches, or None for a skipped step."""
         losses: dict[str, Tensor] = {}
         outputs, images = [], []
-        if self.discriminator is not None:
-            self.discriminator.requires_grad_(False)
+        self._train_discriminator(False)
         for number, batch in enumerate(batches):
             images.append(to_images(batch.images, self.device))
             with self._no_sync_but_last(self.model, number), self.accelerator.autocast():
                 output = self.model(images[-1], progress)
-                found = merge_losses(output.losses, *self._reconstruction_losses(images[-1], output, progress))
+                found = merge_losses(output.losses, *self.tokenizer.reconstruction_losses(
+                    images[-1], output.reconstructions, self.discriminator, progress))
             with self._no_sync_but_last(self.model, number):  # backward under autocast would recast what ran in float32
                 self.accelerator.backward(sum(found.values()) / self.recipe.accumulate)
             for name, value in found.items():
@@ -287,26 +300,14 @@ class Trainer:
             return None
         return losses, outputs, images
 
-    def _reconstruction_losses(self, images: Tensor, output: Output, progress: Progress) -> list[dict[str, Tensor]]:
-        hooks = self.tokenizer.hooks
-        found = hooks.reconstruction_loss(
-            images=images, reconstructions=output.reconstructions, discriminator=self.discriminator,
-            last_layer=self.tokenizer.decoder.last_layer, progress=progress,
-        )
-        return [hooks.answer("reconstruction_loss", losses, dict) for losses in found]
-
     def _discriminator_step(self, images: list[Tensor], outputs: list[Output], progress: Progress) -> dict[str, Tensor]:
-        config, hooks = self.recipe.discriminator_optim, self.tokenizer.hooks
-        self.discriminator.requires_grad_(True)
+        config = self.recipe.discriminator_optim
+        self._train_discriminator(True)
         set_learning_rate(self.discriminator_optimizer, config, self.counters.step, self.steps)
         losses: dict[str, Tensor] = {}
         for number, (real, output) in enumerate(zip(images, outputs, strict=True)):
             with self._no_sync_but_last(self.discriminator_model, number), self.accelerator.autocast():
-                found = hooks.discriminator_loss(
-                    images=real, reconstructions=output.reconstructions, discriminator=self.discriminator_model,
-                    progress=progress,
-                )
-                found = hooks.answer("discriminator_loss", found, dict)
+                found = self.tokenizer.discriminator_losses(real, output.reconstructions, self.discriminator_model, progress)
                 if not found:
                     return {}
             with self._no_sync_but_last(self.discriminator_model, number):
@@ -387,6 +388,7 @@ class Trainer:
         counts = self._counts(outputs)
         if counts is not None:
             self.epoch_counts += counts
+            self.code_ages.add_(1).masked_fill_(counts > 0, 0)
         if not hooks.providers("refresh_codes"):
             return
         if progress.ends_epoch:
@@ -414,6 +416,7 @@ class Trainer:
         state = self.optimizer.optimizer.state
         replaced = codebook.take_replaced()
         for rows in (rows for rows, smooth in replaced if not smooth):
+            self.code_ages[rows] = 0
             for parameter in codebook.row_parameters():
                 for value in state.get(parameter, {}).values():
                     if value.shape == parameter.shape:
@@ -493,6 +496,8 @@ class Trainer:
         if counters.step % log.steps and done < self.steps_per_epoch:
             return
         losses = self._means(self.recent_losses, self.recent_steps)
+        with torch.no_grad():
+            reports = self.tokenizer.hooks.report(progress=self._progress())
         seconds = time.monotonic() - self.logged_at
         if self.main:
             share = float(usage(self.epoch_counts)) if self.epoch_counts.any() else None
@@ -501,9 +506,22 @@ class Trainer:
             speed = self.recent_steps * self.recipe.data.batch_size / seconds
             train = {"learning_rate": self.rate, "images_per_second": speed, **memory(self.device)}
             self.monitor.scalars(train, counters.step, "train")
+            if share is not None:
+                self.monitor.scalars(self._ages(), counters.step, "codes")
+            self.monitor.scalars(merge_reports(reports), counters.step, "report")
             if counters.step % log.steps == 0:  # a change means something over equal intervals only
                 self.monitor.scalars(self.drift.measure(self.tokenizer), counters.step, "drift")
         self.recent_losses, self.recent_steps, self.logged_at = {}, 0, time.monotonic()
+
+    def _ages(self) -> dict[str, float]:
+        """Return the mean age of the codes, and the share of those older than an epoch.
+
+        The age is in optimizer steps since a code was last assigned or replaced, or since the run began.
+        """
+        ages = self.code_ages.double()
+        older = (ages > self.steps_per_epoch).double()
+        mean, share = torch.stack([ages.mean(), older.mean()]).tolist()
+        return {"mean_age": mean, "older_than_an_epoch": share}
 
     def _report_epoch(self) -> None:
         """Write the epoch's usage, and from time to time the metrics and pictures of held-out images."""
@@ -513,25 +531,43 @@ class Trainer:
             codes = {"usage": float(usage(self.epoch_counts)), "perplexity": float(perplexity(self.epoch_counts)),
                      "replaced": self.replaced}
             self.monitor.scalars(codes, step, "codes")
-            self.monitor.codes(self.epoch_counts, step)
+            self.monitor.codes(self.epoch_counts, self.code_ages, step)
         if epoch % recipe.log.evaluate_epochs or epoch == recipe.epochs:  # after the last, all images are evaluated
             return
         metrics, _ = self._evaluate(limit=max(256, recipe.data.eval_batch_size))
         self.monitor.scalars(metrics, step, "held_out")
         if self.main:
-            self.monitor.picture("reconstructions", self._panel(), step)
+            self._show_pictures()
 
     def _evaluate(self, limit: int | None = None) -> tuple[dict[str, float], list[str]]:
         batches = eval_batches(self.recipe.data, self.val_data, self.accelerator.process_index,
                                self.accelerator.num_processes, limit)
         return evaluate(self.ema, batches, self.device)
 
+    def _picture_before(self, names: list[str]) -> None:
+        """Keep the pictures as they are when a loss joins those of the step before: a discriminator's, above all."""
+        joined = set(names) - set(self.counters.losses) if self.counters.losses else ()
+        before = self._reconstructions() if joined and self.main else None
+        kept = {name: self.pictures_before.get(name) for name in names if name in self.pictures_before or name in joined}
+        self.pictures_before = {name: before if name in joined else picture for name, picture in kept.items()}
+        self.counters.losses = names
+
     @torch.no_grad()
-    def _panel(self) -> Tensor:
+    def _reconstructions(self) -> Tensor:
+        """Return what the averaged weights make of the pictured images."""
         mode = self.ema.training
         reconstructions = self.ema.eval()(self.pictured).reconstructions
         self.ema.train(mode)
-        return panel(self.pictured, reconstructions)
+        return reconstructions
+
+    def _show_pictures(self) -> Tensor:
+        """Write the panel of images and reconstructions, which is returned, and one that compares with before a loss joined."""
+        now, step = self._reconstructions(), self.counters.step
+        picture = panel(self.pictured, now)
+        self.monitor.picture("reconstructions", picture, step)
+        for name, before in self.pictures_before.items():
+            self.monitor.picture(f"image_before_now/{name}", panel(self.pictured, before, now), step)
+        return picture
 
     # ---- what is kept
 
@@ -542,6 +578,8 @@ class Trainer:
                 "tokenizer": self.tokenizer.state_dict(),
                 "average": self.ema.state_dict(),
                 "optimizer": flat(self.moments),
+                "codes": {"age": self.code_ages},
+                "pictures_before": self.pictures_before,
             }
             if self.discriminator is not None:
                 tensors["discriminator"] = self.discriminator.state_dict()
@@ -556,6 +594,7 @@ class Trainer:
         tensors, state = checkpoint.load(path)
         try:
             self.counters = Counters(**state["counters"])
+            self.code_ages = tensors["codes"]["age"].to(self.device)
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: its state is not of this version of vqzoo: {error}") from error
         self.tokenizer.load_state_dict(tensors["tokenizer"])
@@ -565,6 +604,8 @@ class Trainer:
         if self.discriminator is not None:
             self.discriminator.load_state_dict(tensors["discriminator"])
             self.discriminator_moments = nested(tensors["discriminator_optimizer"])
+        if self.main:
+            self.pictures_before = {name: x.to(self.device) for name, x in tensors["pictures_before"].items()}
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -592,11 +633,9 @@ class Trainer:
         }
         if self.main:
             checkpoint.write_text(self.out / "metrics.json", to_json(result))
-            picture = self._panel()
-            save_picture(picture, self.out / "reconstructions.png")
+            save_picture(self._show_pictures(), self.out / "reconstructions.png")
             self.ema.save_pretrained(self.out / "tokenizer")
             self.monitor.scalars(metrics, counters.step, "final")
-            self.monitor.picture("reconstructions", picture, counters.step)
         self.accelerator.wait_for_everyone()
         return result
 
@@ -612,6 +651,19 @@ def merge_losses(*found: dict[str, Tensor]) -> dict[str, Tensor]:
                 what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise PluginError(f"loss {name!r} is {what} where a 0-dim tensor is expected")
             merged[name] = value
+    return merged
+
+
+def merge_reports(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Join what plugins report; a name that two use, or a value that is no number, is a PluginError."""
+    merged: dict[str, float] = {}
+    for name, value in (item for numbers in found for item in numbers.items()):
+        if name in merged:
+            raise PluginError(f"two plugins report a number called {name!r}; give one another name")
+        try:
+            merged[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PluginError(f"hook report: {name!r} is no number but {type(value).__name__}") from error
     return merged
 
 

@@ -1,0 +1,146 @@
+"""NSVQ's six-row phase ablation (arXiv 2606.11363, Table 3) at a size for CPUs: every row with every seed, then one table.
+
+python benchmarks/ablation.py --data FOLDER --weights FILE [--features NAME] [--seeds 3] [--jobs 2] [--out DIR] [key=value ...]
+
+FOLDER holds train/ and val/; FILE has the weights of the timm network whose features serve the perceptual loss and the Fréchet
+distance, which is therefore no rFID. A cell that is finished is not run again, so an interrupted bench goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vqzoo import Features, Tokenizer, UserError
+from vqzoo.data import eval_batches, make_dataset, to_images
+from vqzoo.metrics import to_bytes
+from vqzoo.recipe import Recipe, load_recipe, plain
+
+ROWS = ("neither", "dense", "joint", "joint_warm_up", "joint_refine", "full")
+HERE = Path(__file__).parent / "ablation"
+FEATURES = {"mobilenetv2_100": {"pad_type": "same", "mean": [0.5] * 3, "std": [0.5] * 3}}
+"""Arguments of networks whose weights come from elsewhere than timm."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a folder with train/ and val/")
+    parser.add_argument("--features", default="mobilenetv2_100", help="a timm network")
+    parser.add_argument("--weights", required=True, help="the file of its weights")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time, of one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    try:
+        cells = [Cell(row, seed, options) for seed in range(options.seeds) for row in options.rows.split(",")]
+    except UserError as error:
+        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    todo = [cell for cell in cells if not cell.finished()]
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(cells), initial=len(cells) - len(todo), unit="run") as bar:
+        for _ in pool.map(Cell.run, todo):
+            bar.update()
+    score = Frechet(options.features, options.weights)
+    results = [cell.result(score) for cell in cells if cell.finished()]
+    (options.out / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
+    print(table(results))
+    failed = [cell.name for cell in cells if not cell.finished()]
+    if failed:
+        print(f"failed: {', '.join(failed)}; see their .log files in {options.out}", file=sys.stderr)
+    return bool(failed)
+
+
+class Cell:
+    """One row with one seed."""
+
+    def __init__(self, row: str, seed: int, options: argparse.Namespace):
+        self.row, self.seed, self.name = row, seed, f"{row}-{seed}"
+        self.out = options.out / self.name
+        args = json.dumps(FEATURES.get(options.features, {}))
+        self.overrides = [
+            f"seed={seed}", f"data.root={options.data}", f"plugins.perceptual.network={options.features}",
+            f"plugins.perceptual.pretrained={options.weights}", f"plugins.perceptual.args={args}", *options.overrides,
+        ]
+        self.recipe: Recipe = load_recipe(str(HERE / f"{row}.yaml"), self.overrides)
+
+    def finished(self) -> bool:
+        return (self.out / "metrics.json").exists()
+
+    def run(self) -> None:
+        command = [sys.executable, "-m", "vqzoo", "run", str(HERE / f"{self.row}.yaml"), *self.overrides, "--resume",
+                   "--out", str(self.out)]
+        with open(f"{self.out}.log", "w") as log:
+            subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def result(self, score: "Frechet") -> dict:
+        """Return the run's numbers with the Fréchet distance, which is measured once and kept beside them."""
+        kept = self.out / "frechet.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(score(self.recipe, self.out)))
+        found = json.loads((self.out / "metrics.json").read_text())
+        found["metrics"].update(json.loads(kept.read_text()))
+        recipe = plain(self.recipe)
+        recipe["data"].pop("root")  # where the data lie says nothing about them; the card has their fingerprint
+        recipe["plugins"]["perceptual"].pop("pretrained")
+        return {"bench": "ablation", "row": self.row, "seed": self.seed, **found, "recipe": recipe}
+
+
+class Frechet:
+    """Measure the Fréchet distance of held-out images and reconstructions, on mean-pooled last features of a timm network."""
+
+    def __init__(self, name: str, weights: str):
+        self.name = name
+        self.features = Features(name, (-1,), weights, FEATURES.get(name, {}))
+        self.of_images: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, recipe: Recipe, run: Path) -> dict[str, float]:
+        tokenizer = Tokenizer.from_pretrained(run)
+        real, fake = [], []
+        data = make_dataset(recipe.data, "val")
+        for batch in tqdm(eval_batches(recipe.data, data), desc=f"Fréchet {run.name}", leave=False):
+            images = to_images(batch.images, torch.device("cpu"))
+            fake.append(self.pooled(tokenizer(images).reconstructions))
+            if "real" not in self.of_images:
+                real.append(self.pooled(images))
+        self.of_images.setdefault("real", torch.cat(real) if real else None)
+        return {f"frechet_{self.name}": distance(self.of_images["real"], torch.cat(fake))}
+
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        images = to_bytes(images) / 127.5 - 1
+        return self.features(images)[0].mean((2, 3)).double()
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the Fréchet distance of two sets of features [M, C] as Gaussians: |μ - μ'|² + tr(Σ + Σ' - 2 (Σ Σ')^½)."""
+    means, covariances = (one.mean(0), other.mean(0)), (one.T.cov(), other.T.cov())
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
+    return float((means[0] - means[1]).square().sum() + sum(c.trace() for c in covariances) - 2 * roots.sum())
+
+
+def table(results: list[dict]) -> str:
+    """Return mean ± standard deviation over seeds of each row's metrics, as Markdown."""
+    frechet = next((name for name in results[0]["metrics"] if name.startswith("frechet_")), "") if results else ""
+    names = {"usage": 100, "perplexity": 1, "psnr": 1, "ssim": 100, frechet: 1}
+    lines = [f"| row | seeds | usage % | perplexity | PSNR dB | SSIM % | {frechet.replace('_', ' ')} |", "|---" * 7 + "|"]
+    for row in dict.fromkeys(result["row"] for result in results):
+        found = [result["metrics"] for result in results if result["row"] == row]
+        cells = []
+        for name, scale in names.items():
+            values = torch.tensor([scale * metrics[name] for metrics in found], dtype=torch.float64)
+            spread = f" ± {values.std():.3g}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.4g}{spread}")
+        lines.append(f"| {row} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
