@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vqzoo import Features, Tokenizer, UserError
 from vqzoo.data import eval_batches, make_dataset, to_images
 from vqzoo.metrics import to_bytes
-from vqzoo.recipe import Recipe, load_recipe, plain
+from vqzoo.recipe import Recipe, changes, load_recipe, plain
 
 ROWS = ("neither", "dense", "joint", "joint_warm_up", "joint_refine", "full")
 HERE = Path(__file__).parent / "ablation"
@@ -41,10 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         cells = [Cell(row, seed, options) for seed in range(options.seeds) for row in options.rows.split(",")]
+        todo = [cell for cell in cells if not cell.finished()]
     except UserError as error:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
-    todo = [cell for cell in cells if not cell.finished()]
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(cells), initial=len(cells) - len(todo), unit="run") as bar:
         for _ in pool.map(Cell.run, todo):
             bar.update()
@@ -72,7 +72,11 @@ class Cell:
         self.recipe: Recipe = load_recipe(str(HERE / f"{row}.yaml"), self.overrides)
 
     def finished(self) -> bool:
-        return (self.out / "metrics.json").exists()
+        if not (self.out / "metrics.json").exists():
+            return False
+        if changed := changes(load_recipe(str(self.out / "recipe.yaml")), self.recipe):
+            raise UserError(f"{self.out} holds the run of another recipe; name another --out:\n  " + "\n  ".join(changed))
+        return True
 
     def run(self) -> None:
         command = [sys.executable, "-m", "vqzoo", "run", str(HERE / f"{self.row}.yaml"), *self.overrides, "--resume",
@@ -82,7 +86,7 @@ class Cell:
 
     def result(self, score: "Frechet") -> dict:
         """Return the run's numbers with the Fréchet distance, which is measured once and kept beside them."""
-        kept = self.out / "frechet.json"
+        kept = self.out / f"frechet_{score.name}.json"
         if not kept.exists():
             kept.write_text(json.dumps(score(self.recipe, self.out)))
         found = json.loads((self.out / "metrics.json").read_text())

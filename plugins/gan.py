@@ -12,6 +12,7 @@ from vqzoo.ops import (
     GENERATOR_LOSSES,
     discriminator_loss,
     generator_loss,
+    gradient_ratio,
     input_gradient,
     lecam,
     mean_logit,
@@ -22,7 +23,8 @@ class GAN(Plugin):
     """GAN loss: `weight` times the generator's loss, fixed, or scaled by VQGAN's ratio of gradients if `adaptive`.
 
     Before step `start` nothing is adversarial; then the discriminator trains alone for `warmup` steps; `ramp` maps patterns of
-    stage names to the epochs in which the weight grows from 0, counted from the stage's start (the last match counts).
+    stage names to the epochs in which the weight grows from 0, counted from the stage's start (the last match counts; one epoch
+    in every stage unless said). With accumulation, an adaptive weight and LeCam's averages are those of each micro-batch.
     `network` is "patch" (`layers`, `width`, `norm`) or a timm model: `features` of it, frozen unless `train_network`, with
     heads of `width`. `lecam` weighs arXiv 2104.03310's regulariser, `r1` is γ of γ/2·|∇D(x)|², and `gradient_penalty` weighs
     (|∇D| - 1)² between images and reconstructions.
@@ -35,7 +37,7 @@ class GAN(Plugin):
         max_weight: float = 1e4
         start: int = 0
         warmup: int = 0
-        ramp: dict[str, float] = field(default_factory=dict)
+        ramp: dict[str, float] = field(default_factory=lambda: {"*": 1.0})
         generator_loss: str = "non-saturating"
         discriminator_loss: str = "hinge"
         network: str = "patch"
@@ -68,20 +70,21 @@ class GAN(Plugin):
         super().__init__(config)
         self.register_buffer("logit_means", torch.zeros(2))
         self.register_buffer("updates", torch.tensor(0))
-        self.register_buffer("weight_now", torch.zeros(()), persistent=False)
-        self.register_buffer("logits_now", torch.zeros(2), persistent=False)
+        self._news = {}  # what was computed since the last report
 
     def loss_names(self):
-        return ("adversarial", "discriminator", *(n for n in ("lecam", "r1", "gradient_penalty") if getattr(self.config, n)))
+        return ("adversarial", "discriminator", "lecam", "r1", "gradient_penalty")
+
+    def named_stages(self):
+        return tuple(self.config.ramp)
 
     @hookimpl
     def make_discriminator(self):
         c = self.config
         if c.network == "patch":
             return PatchDiscriminator(c.layers, c.width, c.norm)
-        frozen = not c.train_network
-        features = Features(c.network, c.features, c.pretrained, c.args, frozen, key="plugins.gan", field="features")
-        return FeatureDiscriminator(features, c.width, c.norm)
+        args = (c.network, c.features, c.pretrained, c.args, not c.train_network)
+        return FeatureDiscriminator(Features(*args, key="plugins.gan", field="features"), c.width, c.norm)
 
     @hookimpl(wrapper=True)
     def reconstruction_loss(self, reconstructions, discriminator, last_layer, progress):
@@ -89,34 +92,29 @@ class GAN(Plugin):
         losses = yield
         factor = self.factor(progress)
         if not factor:
-            self.weight_now.zero_()
             return losses
         if discriminator is None:
             raise UserError("hooks.make_discriminator: gan adds an adversarial loss, but nobody makes the discriminator")
         adversarial = generator_loss(self.config.generator_loss, discriminator(reconstructions))
         weight = self.config.weight * factor * self.balance(losses, adversarial, last_layer)
-        self.weight_now.fill_(weight)
+        self._news["adversarial_weight"] = weight
         return [*losses, {"adversarial": weight * adversarial}]
 
     def factor(self, progress):
         """Return the share of the weight that start, warm-up and the stage's ramp allow, in [0, 1]."""
         since = progress.step - self.config.start - self.config.warmup
-        if since < 0:
-            return 0.0
         ramps = [epochs for pattern, epochs in self.config.ramp.items() if fnmatch(progress.stage, pattern)]
         steps = ramps[-1] * progress.steps_per_epoch if ramps else 0
-        return min(1.0, (min(since, progress.step_in_stage) + 1) / max(steps, 1))
+        return 0.0 if since < 0 else min(1.0, (min(since, progress.step_in_stage) + 1) / max(steps, 1))
 
     def balance(self, losses, adversarial, last_layer):
-        """Return |∇ of the other losses| / |∇ of the adversarial loss| at the decoder's last layer, over all processes."""
+        """Return what makes the adversarial loss pull at the decoder's last layer as much as the other losses do."""
         if not self.config.adaptive:
             return 1.0
         if not last_layer.requires_grad:
             raise UserError("plugins.gan.adaptive: the decoder's last layer is frozen in this stage; use a fixed weight")
         others = sum(value for found in losses for value in found.values())
-        sizes = [all_reduce_sum(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()
-                 for loss in (others, adversarial)]
-        return (sizes[0] / (sizes[1] + 1e-4)).clamp(max=self.config.max_weight)
+        return gradient_ratio(others, adversarial, last_layer).clamp(max=self.config.max_weight)
 
     @hookimpl
     def discriminator_loss(self, images, reconstructions, discriminator, progress):
@@ -125,9 +123,10 @@ class GAN(Plugin):
             return {}
         real, fake = discriminator(images), discriminator(reconstructions)
         losses = {"discriminator": discriminator_loss(c.discriminator_loss, real, fake)}
-        self.logits_now.copy_(torch.stack([mean_logit(real), mean_logit(fake)]).detach())
+        means = torch.stack([mean_logit(real), mean_logit(fake)]).detach()
+        self._news |= {"logits_real": means[0], "logits_fake": means[1]}
         if c.lecam:
-            self.follow_logits()
+            self.follow(means)
             losses["lecam"] = c.lecam * lecam(real, fake, *self.logit_means.clone())
         if c.r1:
             losses["r1"] = c.r1 / 2 * input_gradient(discriminator, images).square().sum(1).mean()
@@ -137,13 +136,14 @@ class GAN(Plugin):
             losses["gradient_penalty"] = c.gradient_penalty * (lengths - 1).square().mean()
         return losses
 
-    def follow_logits(self):
-        """Move the averages of the logits of images and of reconstructions towards this batch's, over all processes."""
+    def follow(self, means):
+        """Move the averages of the mean logits of images and of reconstructions towards these, over all processes."""
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=0.999)
-        sums = all_reduce_sum(torch.cat([self.logits_now, self.logits_now.new_ones(1)]))
+        sums = all_reduce_sum(torch.cat([means, means.new_ones(1)]))
         self.logit_means.lerp_(sums[:2] / sums[2], 1 - decay)
         self.updates += 1
 
     @hookimpl
     def report(self):
-        return {"adversarial_weight": self.weight_now, "logits_real": self.logits_now[0], "logits_fake": self.logits_now[1]}
+        news, self._news = self._news, {}
+        return news

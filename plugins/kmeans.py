@@ -12,8 +12,7 @@ class KMeans(Plugin):
     """k-means start: before a stage, set the codes to the k-means centres of latents of training images.
 
     Gathers about `latents_per_code` latents per code over all processes and runs `iterations` Lloyd steps; an empty cluster
-    restarts at a random latent. `stage` names the stage, by default the first; before a stage that the recipe does not
-    have, nothing happens.
+    restarts at a random latent. `stage` names the stage, by default the first.
     """
 
     @dataclass
@@ -26,6 +25,9 @@ class KMeans(Plugin):
             for name in ("latents_per_code", "iterations"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"{name}: {getattr(self, name)!r} must be at least 1")
+
+    def named_stages(self):
+        return () if self.config.stage is None else (self.config.stage,)
 
     @hookimpl
     def enter_stage(self, leaving, entering, tokenizer, batches, generator):

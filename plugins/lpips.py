@@ -66,8 +66,8 @@ class Distance(nn.Module):
 class LPIPS(Plugin):
     """LPIPS loss: weighted mean over the batch of the learned perceptual distance of images and reconstructions.
 
-    network is vgg, alex or squeeze. weights is the path of torchvision's file for it (a .pth or .safetensors state dict, the
-    whole classifier or its features); null takes it from torch hub's cache or downloads it there. float32 always: squares
+    network is vgg, alex or squeeze. weights is the path of torchvision's file for it (a .pth or .safetensors state dict of the
+    classifier); null takes it from torch hub's cache or downloads it there. float32 always: squares
     of differences of unit features would drown in bfloat16's rounding.
     """
 

@@ -46,6 +46,8 @@ class NSVQ(Plugin):
     def embedding_loss(self, latents, indices, codebook):
         """Add the pull of every latent on the codes that it did not choose (eq. 9 and 10)."""
         losses = yield
+        if indices is None:  # nothing was quantized
+            return losses
         dense = nonstationary_loss(
             latents.flatten(0, 1), codebook.vectors(), indices.flatten(), self.config.temperature
         )

@@ -20,9 +20,9 @@ def bench():
 
 
 @pytest.mark.parametrize("row, base, keys", [
-    ("joint", "full", {"stages"}),
+    ("joint", "full", {"stages", "plugins.gan.ramp.refine"}),
     ("joint_refine", "full", {"stages"}),
-    ("joint_warm_up", "full", {"stages"}),
+    ("joint_warm_up", "full", {"stages", "plugins.gan.ramp.refine"}),
     ("dense", "joint", {"hooks.refresh_codes"}),
     ("neither", "joint", {"hooks.refresh_codes", "hooks.embedding_loss", "hooks.stage_transition"}),
 ])
@@ -75,3 +75,6 @@ def test_a_tiny_bench_runs_and_does_not_run_again_what_is_finished(bench, small_
     written = (tmp_path / "out" / "full-0" / "metrics.json").stat().st_mtime_ns
     assert bench.main(arguments) == 0
     assert (tmp_path / "out" / "full-0" / "metrics.json").stat().st_mtime_ns == written
+    with pytest.raises(SystemExit):  # what is there was made by another recipe
+        bench.main([*arguments, "optim.lr=3e-4"])
+    assert "optim.lr: 0.001 → 0.0003" in capsys.readouterr().err

@@ -11,14 +11,14 @@ from accelerate.state import AcceleratorState
 from plugins_for_tests import Probe
 from test_training import COMMON, assert_equal_up_to_rounding, checkpoint_at, events, state, unequal
 
-from vqzoo import PatchDiscriminator, PluginError, Progress, UserError, ops
+from vqzoo import PatchDiscriminator, PluginError, Progress, UserError, hookimpl, ops
 from vqzoo.prepare import build, enter, make_discriminator
 from vqzoo.recipe import load_recipe
 from vqzoo.tokenizer import make_plugin
-from vqzoo.trainer import Trainer, merge_reports
+from vqzoo.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("listeners")
-GAN = "gan: {layers: 1, width: 8}"
+GAN = "gan: {layers: 1, width: 8, ramp: {'*': 0}}"
 PHASES = COMMON + f"""
 epochs: 5
 plugins: {{probe: {{}}, vq: {{}}, nsvq: {{replace_after: 0}}, pixel: {{}}, {GAN}}}
@@ -122,16 +122,19 @@ def test_lecam_pulls_logits_to_averages_of_the_other_side():
 
 
 @pytest.mark.parametrize("config, step, in_stage, stage, expected", [
-    ({}, 0, 0, "joint", 1),
-    ({"start": 5}, 4, 4, "joint", 0),
-    ({"start": 5}, 5, 5, "joint", 1),
-    ({"start": 5, "warmup": 3}, 7, 7, "joint", 0),
-    ({"start": 5, "warmup": 3}, 8, 8, "joint", 1),
+    ({}, 0, 0, "joint", 1 / 10),
+    ({}, 9, 9, "joint", 1),
+    ({"ramp": {"*": 0}}, 0, 0, "joint", 1),
+    ({"start": 5, "ramp": {"*": 0}}, 4, 4, "joint", 0),
+    ({"start": 5, "ramp": {"*": 0}}, 5, 5, "joint", 1),
+    ({"start": 5, "warmup": 3, "ramp": {"*": 0}}, 7, 7, "joint", 0),
+    ({"start": 5, "warmup": 3, "ramp": {"*": 0}}, 8, 8, "joint", 1),
     ({"ramp": {"refine": 2}}, 40, 0, "refine", 1 / 20),
     ({"ramp": {"refine": 2}}, 49, 9, "refine", 1 / 2),
     ({"ramp": {"refine": 2}}, 59, 19, "refine", 1),
     ({"ramp": {"refine": 2}}, 99, 59, "refine", 1),
-    ({"ramp": {"refine": 2}}, 0, 0, "joint", 1),
+    ({"ramp": {"*": 0, "refine": 2}}, 0, 0, "joint", 1),
+    ({"ramp": {"refine": 2}}, 0, 0, "joint", 1 / 10),
     ({"ramp": {"*": 2, "joint": 0}}, 0, 0, "joint", 1),
     ({"ramp": {"*": 2, "joint": 0}}, 0, 0, "refine", 1 / 20),
     ({"ramp": {"*": 1}, "start": 30, "warmup": 2}, 36, 36, "joint", 5 / 10),  # the later of stage and start counts
@@ -148,9 +151,9 @@ def test_the_discriminator_trains_alone_while_it_warms_up(recipe, tmp_path):
     found = events(tmp_path / "run")
     steps = {name: [e.step for e in found.Scalars(f"loss/{name}")] for name in ("l1", "adversarial", "discriminator")}
     assert steps == {"l1": [1, 2, 3, 4, 5, 6], "discriminator": [3, 4, 5, 6], "adversarial": [5, 6]}
-    weights = [e.value for e in found.Scalars("report/adversarial_weight")]
-    assert weights == pytest.approx([0, 0, 0, 0, 0.5, 1])  # an epoch has two steps
-    assert [e.value for e in found.Scalars("report/logits_real")][:2] == [0, 0]
+    weights = {e.step: e.value for e in found.Scalars("report/adversarial_weight")}
+    assert weights == {5: 0.5, 6: 1}  # an epoch has two steps
+    assert [e.step for e in found.Scalars("report/logits_real")] == [3, 4, 5, 6]
 
 
 def parts(recipe, *overrides):
@@ -172,6 +175,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(recipe)
     weight = 0.8 * (sizes[0] / (sizes[1] + 1e-4))
     torch.testing.assert_close(adversarial["adversarial"], weight * plain)
     torch.testing.assert_close(tokenizer.plugins["gan"].report()["adversarial_weight"], weight)
+    assert tokenizer.plugins["gan"].report() == {}  # until there is news
     tokenizer.plugins["gan"].config.max_weight = 0.5
     (_, clamped) = tokenizer.reconstruction_losses(images, output.reconstructions, discriminator, progress())
     torch.testing.assert_close(clamped["adversarial"], 0.8 * 0.5 * plain)
@@ -290,7 +294,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def phases(recipe, tmp_path_factory):
-    return Watched(recipe, tmp_path_factory.mktemp("phases") / "run", "plugins.gan.ramp={refine: 2}", "log.steps=1")
+    return Watched(recipe, tmp_path_factory.mktemp("phases") / "run", "plugins.gan.ramp={'*': 0, refine: 2}", "log.steps=1")
 
 
 def test_the_frozen_encoder_stands_still_to_the_bit_with_a_discriminator_too(phases):
@@ -332,12 +336,12 @@ def test_a_panel_compares_with_the_pictures_before_the_loss_joined(phases):
     panels = found.Images("image_before_now/adversarial")
     assert [e.step for e in panels] == [10] and (panels[0].height, panels[0].width) == (3 * 32, 2 * 32)
     saved = checkpoint_at(phases.out, 8)["pictures_before"]
-    assert set(saved) == {"adversarial", "discriminator"} and saved["adversarial"].shape == (2, 3, 32, 32)
+    assert set(saved) == {"adversarial"} and saved["adversarial"].shape == (2, 3, 32, 32)
     assert not checkpoint_at(phases.out, 4)["pictures_before"]
 
 
 def test_pictures_and_moments_survive_an_interruption(recipe, phases, tmp_path, monkeypatch):
-    overrides = ["plugins.gan.ramp={refine: 2}", "log.steps=1", "plugins.gan.lecam=0.1"]
+    overrides = ["plugins.gan.ramp={'*': 0, refine: 2}", "log.steps=1", "plugins.gan.lecam=0.1"]
     whole, again = (Trainer(recipe(PHASES, *overrides), tmp_path / name) for name in ("whole", "again"))
     whole.run()
     end = Trainer._end_epoch
@@ -402,7 +406,7 @@ def test_accumulated_micro_batches_equal_one_batch(recipe, tmp_path):
     ("weight: -1", "plugins.gan.weight: -1.0 must be a finite number, not negative"),
     ("start: -1", "plugins.gan.start: -1 must be"),
     ("layers: 0", "plugins.gan.layers: 0 must be at least 1"),
-    ("ramp: {refine: -1}", "plugins.gan.ramp: {'refine': -1.0} must map stage names to epochs"),
+    ("ramp: {refine: -1}", "plugins.gan.ramp: {'*': 1.0, 'refine': -1.0} must map stage names to epochs"),
     ("network: resnet10t", "plugins.gan.network: 'resnet10t' would be frozen at random; set pretrained or train_network"),
     ("wieght: 1", "plugins.gan.wieght: unknown key; did you mean 'weight'?"),
 ])
@@ -440,9 +444,44 @@ def test_steps_of_the_two_sides_leave_each_other_no_gradient(recipe, tmp_path):
 # ---- what plugins report
 
 
-def test_reported_numbers_are_joined_and_checked():
-    assert merge_reports([{"a": torch.tensor(2.0)}, {}, {"b": 3}]) == {"a": 2.0, "b": 3.0}
-    with pytest.raises(PluginError, match="two plugins report a number called 'a'"):
-        merge_reports([{"a": 1}, {"a": 2}])
-    with pytest.raises(PluginError, match="hook report: 'a' is no number but Tensor"):
-        merge_reports([{"a": torch.zeros(2)}])
+@pytest.mark.parametrize("numbers, text", [
+    ({"logits_real": 1.0}, "two plugins report a number called 'logits_real'"),
+    ({"a": torch.zeros(2)}, "'a' is no number but Tensor"),
+    ([1], "hook report, served by gan, returned list where dict is expected"),
+])
+def test_reports_that_cannot_be_shown_are_told_before_training(recipe, tmp_path, monkeypatch, numbers, text):
+    monkeypatch.setattr(Probe, "report", hookimpl(lambda self: numbers), raising=False)
+    with pytest.raises(PluginError, match="hook report") as refused:
+        Trainer(recipe(PHASES), tmp_path / "run")
+    assert text.replace("gan", "probe and gan") in str(refused.value) or text in str(refused.value)
+
+
+def test_a_loss_that_rests_now_and_then_joins_once(recipe, tmp_path):
+    job = Trainer(recipe(ONE), tmp_path / "run")
+    job.pictured, job.counters.losses = job.fixed[:2], ["l1"]
+    job.counters.step_in_stage = 3
+    for names in (["l1", "lazy"], ["l1"], ["l1", "lazy"]):
+        job._picture_before(names)
+        first = job.pictures_before["lazy"]
+    assert job.pictures_before["lazy"] is first and job.counters.losses == ["l1", "lazy"]
+
+
+def test_another_number_of_pictures_resumes(recipe, tmp_path, monkeypatch):
+    end = Trainer._end_epoch
+
+    def stop(self):
+        end(self)
+        if self.counters.epoch == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_end_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(recipe(PHASES), tmp_path / "run").run()
+    monkeypatch.undo()
+    result = Trainer(recipe(PHASES, "log.images=3"), tmp_path / "run", resume=True).run()
+    assert result["run"]["step"] == 10
+
+
+def test_a_ramp_in_a_stage_that_does_not_exist_is_told(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"plugins\.gan: there is no stage 'refnie'; did you mean 'refine'\?"):
+        Trainer(recipe(PHASES, "plugins.gan.ramp={refnie: 2}"), tmp_path / "run")

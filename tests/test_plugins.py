@@ -458,6 +458,15 @@ def test_without_dead_or_without_active_codes_nothing_is_replaced(counts):
     assert torch.equal(codebook.weight, before) and codebook.take_replaced() == []
 
 
+def test_nsvq_leaves_the_losses_of_a_method_without_indices_alone():
+    method, before = plugin("nsvq"), {"other": torch.tensor(1.0)}
+    hook = method.embedding_loss(normal(1, 6, 4), None, Table(5, 4))
+    next(hook)
+    with pytest.raises(StopIteration) as returned:
+        hook.send(before)
+    assert returned.value.value == before
+
+
 # ---- nsvq: the plateau
 
 

@@ -10,7 +10,7 @@ from test_training import COMMON, exported, run
 from vqzoo import PluginError, Tokenizer, UserError
 from vqzoo.data import eval_batches, make_dataset
 from vqzoo.metrics import evaluate
-from vqzoo.prepare import build, make_accelerator
+from vqzoo.prepare import build, make_accelerator, prepare
 from vqzoo.trainer import Trainer, merge_losses
 
 pytestmark = pytest.mark.usefixtures("listeners")
@@ -177,3 +177,21 @@ def test_a_resumed_run_needs_no_weights_from_elsewhere(recipe, tmp_path):
 
 def test_where_init_from_leads_nowhere_the_key_is_named(recipe, tmp_path):
     refused(recipe(PLAIN, f"init_from={tmp_path / 'nowhere'}"), tmp_path / "out", "init_from: ", "nowhere")
+
+
+def test_a_stage_that_a_plugin_names_and_nobody_has_is_told(recipe, tmp_path):
+    kmeans = PLAIN.replace("probe: {}", "kmeans: {stage: trian}")
+    refused(recipe(kmeans), tmp_path / "out", "plugins.kmeans: there is no stage 'trian'; did you mean 'train'?")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_rehearsal_of_losses_leaves_no_trace(recipe, tmp_path):
+    text = PLAIN.replace("probe: {}", "gan: {layers: 1, width: 8, lecam: 1}")
+    ready, torch_state = prepare(recipe(text)), torch.get_rng_state()
+    again = prepare(recipe(text))
+    for one, other in ((ready.tokenizer, again.tokenizer), (ready.discriminator, again.discriminator)):
+        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+        assert all(parameter.grad is None for parameter in one.parameters())
+    assert int(ready.tokenizer.plugins["gan"].updates) == 0 and not ready.tokenizer.plugins["gan"].report()
+    assert all(int(b) == 0 for name, b in ready.discriminator.named_buffers() if name.endswith("num_batches_tracked"))
+    assert torch.equal(torch_state, torch.get_rng_state())

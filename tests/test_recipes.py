@@ -456,7 +456,7 @@ def test_extending_without_a_word_is_the_same_recipe_with_versions_of_its_own(fa
     ("plugins: {vq: {commitment_weight: 1}}", "plugins.vq",
      {"codebook_weight": 2.0, "commitment_weight": 1.0, "init": "uniform"}),
     ("plugins: {vq: {}}", "plugins.vq.codebook_weight", 2.0),
-    ("plugins: {kmeans: }", "plugins.kmeans.iterations", 10),
+    ("plugins: {kmeans: {}}", "plugins.kmeans.iterations", 10),
     ("plugins: {nsvq: null}", "plugins", ["vq", "pixel"]),
     ("plugins: {pixel: null}", "plugins", ["vq", "nsvq"]),
     ("plugins: null", "plugins", []),
@@ -483,6 +483,11 @@ def test_what_a_child_says_is_laid_over_its_base(family, text, key, value):
     assert node == value
     changed = {line.split(": ")[0] for line in difference({**plain(base), "versions": {}}, plain(child))}
     assert all(name.startswith(text.split(":")[0]) for name in changed)
+
+
+def test_a_plugin_that_the_base_lacks_cannot_be_taken_back(family):
+    with pytest.raises(UserError, match=r"child\.yaml: plugins\.kmeans: null would take 'kmeans' back, .* kmeans: \{\}"):
+        family(base=BASE, child="plugins: {kmeans: null}\nextends: base.yaml")
 
 
 def test_a_chain_is_laid_from_the_last_base_to_the_recipe_and_then_the_overrides(family, tmp_path):

@@ -66,7 +66,7 @@ def predict_memory(tokenizer: Tokenizer, recipe: Recipe) -> Memory:
         return tensor
 
     progress = Progress(0, 0, recipe.stages[0].name, 0, 0, 1)
-    image = torch.zeros(1, 3, *recipe.data.resolution)
+    image = torch.zeros(1, 3, *recipe.data.resolution, device=next(tokenizer.parameters()).device)
     tokenizer.eval()  # no statistic may move; the graph is the same
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         tokenizer(image, progress)

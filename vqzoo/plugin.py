@@ -18,7 +18,7 @@ class Plugin(nn.Module):
     A plugin lives inside the tokenizer, so everything that must survive a checkpoint is a parameter or a buffer:
     counters are 0-dim buffers, never plain attributes. Its fields in a recipe are those of the nested dataclass Config,
     whose `__post_init__` may raise ValueError for values that cannot work, with a text that begins with the field's name
-    and a colon. The two methods below are optional declarations, read when a recipe is wired.
+    and a colon. The methods below are optional declarations, read when a recipe is wired.
     """
 
     @dataclass
@@ -31,6 +31,10 @@ class Plugin(nn.Module):
 
     def loss_names(self) -> tuple[str, ...]:
         """Name the losses of `reconstruction_loss` and `discriminator_loss` that another plugin may watch."""
+        return ()
+
+    def named_stages(self) -> tuple[str, ...]:
+        """Name the stages, or patterns of their names, of which its fields speak; wiring refuses one that does not exist."""
         return ()
 
     def watched_losses(self) -> tuple[str, ...]:

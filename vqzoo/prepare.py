@@ -1,6 +1,7 @@
 """Making ready: everything that a run needs, and everything that can be wrong with it, before the first step."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from vqzoo.data import ImageDataset, StreamDataset, make_dataset, train_batches
-from vqzoo.errors import UserError
+from vqzoo.errors import UserError, suggestion
 from vqzoo.hookspecs import ONCE
 from vqzoo.plugin import Progress
 from vqzoo.recipe import Recipe
@@ -40,9 +41,7 @@ def prepare(recipe: Recipe) -> Prepared:
         _check_batch_norm(tokenizer.encoder, recipe.encoder.batch_norm, accelerator.device)
     kept = init_from(tokenizer, recipe.init_from) if recipe.init_from else []
     discriminator = make_discriminator(tokenizer, recipe)
-    for number in reversed(range(len(recipe.stages))):
-        enter(tokenizer, recipe, number)
-        _rehearse_losses(tokenizer, discriminator, recipe, number)
+    _rehearse_losses(tokenizer, discriminator, recipe, accelerator.device)
     return Prepared(accelerator, train, val, steps, tokenizer, discriminator, kept)
 
 
@@ -52,10 +51,18 @@ def build(recipe: Recipe) -> Tokenizer:
     tokenizer = Tokenizer.from_recipe(recipe)
     tokenizer.rehearse_networks()
     check_scale(recipe.optim, [name for name, _ in tokenizer.named_parameters()])
+    _check_named_stages(tokenizer, [stage.name for stage in recipe.stages])
     for number in reversed(range(len(recipe.stages))):
         enter(tokenizer, recipe, number)
         _rehearse(tokenizer, recipe, number)
     return tokenizer
+
+
+def _check_named_stages(tokenizer: Tokenizer, stages: list[str]) -> None:
+    for name, plugin in tokenizer.plugins.items():
+        for pattern in plugin.named_stages():
+            if not any(fnmatch(stage, pattern) for stage in stages):
+                raise UserError(f"plugins.{name}: there is no stage {pattern!r}; {suggestion(pattern, stages)}")
 
 
 def enter(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
@@ -98,21 +105,38 @@ def _rehearse(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
             )
 
 
-def _rehearse_losses(tokenizer: Tokenizer, discriminator: nn.Module | None, recipe: Recipe, number: int) -> None:
-    """Ask once for the losses on images, as late in a run as can be: weights that are missing are found before training."""
-    progress = Progress(2**40, 2**40, recipe.stages[number].name, 2**40, 2**40, 1)
-    modules = [tokenizer] if discriminator is None else [tokenizer, discriminator]
+def _rehearse_losses(tokenizer: Tokenizer, discriminator: nn.Module | None, recipe: Recipe, device: torch.device) -> None:
+    """Ask for each stage's losses on images once, as late in a run as can be: weights that are missing are found before it.
+
+    Leaves the modules on the device that trains them, since collectives of plugins may know no other.
+    """
+    modules = [module.to(device) for module in (tokenizer, discriminator) if module is not None]
     buffers = [buffer for module in modules for buffer in module.buffers()]
     before = [buffer.clone() for buffer in buffers]
-    images = torch.zeros(2, 3, *recipe.data.resolution)
-    with torch.random.fork_rng(devices=[]):
+    rehearsed = []
+    for number in reversed(range(len(recipe.stages))):
+        enter(tokenizer, recipe, number)
+        served = [tokenizer.hooks.providers(hook) for hook in ("reconstruction_loss", "discriminator_loss")]
+        served.append(tokenizer.decoder.last_layer.requires_grad)
+        if served not in rehearsed:
+            rehearsed.append(served)
+            _rehearse_stage(tokenizer, discriminator, recipe, number, device)
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
+
+
+def _rehearse_stage(
+    tokenizer: Tokenizer, discriminator: nn.Module | None, recipe: Recipe, number: int, device: torch.device
+) -> None:
+    progress = Progress(2**40, 2**40, recipe.stages[number].name, 2**40, 2**40, 1)
+    images = torch.zeros(2, 3, *recipe.data.resolution, device=device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         tokenizer.train()
-        reconstructions = tokenizer.decoder(torch.zeros(2, tokenizer.codebook.width, *tokenizer.grid))
+        reconstructions = tokenizer.decoder(torch.zeros(2, tokenizer.codebook.width, *tokenizer.grid, device=device))
         tokenizer.reconstruction_losses(images, reconstructions, discriminator, progress)
         if discriminator is not None and tokenizer.hooks.providers("discriminator_loss"):
             tokenizer.discriminator_losses(images, reconstructions.detach(), discriminator, progress)
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
+    tokenizer.report(progress)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

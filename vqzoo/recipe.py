@@ -233,8 +233,12 @@ def _base(content: dict, path: Path) -> Path | None:
 def _joined(files: dict[Path, dict]) -> DictConfig:
     """Lay files over one another, the base first; the versions of a base are not those of this run."""
     joined: dict = {}
-    for content in files.values():
+    for number, (path, content) in enumerate(files.items()):
         joined.pop("versions", None)
+        own, known = (found if isinstance(found, dict) else {} for found in (content.get("plugins"), joined.get("plugins")))
+        for name in (name for name, value in own.items() if number and value is None and name not in known):
+            raise UserError(f"{path}: plugins.{name}: null would take {name!r} back, which the base does not have; write "
+                            f"{name}: {{}} to add it")
         joined = _over(joined, content)
     return OmegaConf.create(joined)
 

@@ -256,6 +256,20 @@ class Tokenizer(nn.Module):
         )
         return hooks.answer("discriminator_loss", found, dict)
 
+    @torch.no_grad()
+    def report(self, progress: Progress) -> dict[str, float]:
+        """Return the numbers that plugins report; a name that two use, or a value that is no number, is a PluginError."""
+        merged: dict[str, float] = {}
+        for numbers in self.hooks.report(progress=progress):
+            for name, value in self.hooks.answer("report", numbers, dict).items():
+                if name in merged:
+                    raise PluginError(f"hook report: two plugins report a number called {name!r}; give one another name")
+                try:
+                    merged[name] = float(value)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise PluginError(f"hook report: {name!r} is no number but {type(value).__name__}") from error
+        return merged
+
     def _check_quantized(self, found: Quantized, latents: Tensor) -> None:
         wanted = (*latents.shape[:2], self.codebook.width)
         problem = None

@@ -128,6 +128,8 @@ class Trainer:
         """Train to the end, evaluate, export, and return what metrics.json holds."""
         self.drift = Drift(self.fixed[: self.recipe.log.drift_images])
         self.pictured = self.fixed[: self.recipe.log.images]
+        shape = self.pictured.shape
+        self.pictures_before = {name: x for name, x in self.pictures_before.items() if x.shape == shape}
         self.monitor = Monitor(self.out / "tensorboard", self.steps, self.counters.step, self.saved is not None, self.main)
         self.began = time.monotonic() - self.counters.seconds
         try:
@@ -181,7 +183,7 @@ class Trainer:
                 )
         self._make_optimizers()
         self._follow_replaced()
-        self._checked_gradients = False
+        self._checked_gradients: list[nn.Module] = []
         self._reset_epoch()
 
     def _preparation_batches(self) -> Iterator[Batch]:
@@ -271,7 +273,6 @@ class Trainer:
         if self.discriminator is not None and self.tokenizer.hooks.providers("discriminator_loss"):
             losses = merge_losses(losses, self._discriminator_step(images, outputs, progress))
         self._add_losses(losses)
-        self._picture_before(list(losses))
         with torch.no_grad():
             self._update_ema()
             self._refresh(outputs, progress)
@@ -296,6 +297,7 @@ class Trainer:
                 losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
             outputs.append(output.detached())
         self._check_every_parameter_has_a_gradient(self.tokenizer)
+        self._picture_before(list(losses))
         if not self._apply(self.optimizer, self.tokenizer, self.recipe.optim.clip, losses):
             return None
         return losses, outputs, images
@@ -309,11 +311,13 @@ class Trainer:
             with self._no_sync_but_last(self.discriminator_model, number), self.accelerator.autocast():
                 found = self.tokenizer.discriminator_losses(real, output.reconstructions, self.discriminator_model, progress)
                 if not found:
+                    self.discriminator_optimizer.zero_grad()
                     return {}
             with self._no_sync_but_last(self.discriminator_model, number):
                 self.accelerator.backward(sum(found.values()) / self.recipe.accumulate)
             for name, value in found.items():
                 losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
+        self._check_every_parameter_has_a_gradient(self.discriminator)
         self._apply(self.discriminator_optimizer, self.discriminator, config.clip, losses)
         return losses
 
@@ -354,14 +358,15 @@ class Trainer:
         return f"{where}: {', '.join(terms) or 'a value on another process'} is not finite; {spared} was updated"
 
     def _check_every_parameter_has_a_gradient(self, module: nn.Module) -> None:
-        if self._checked_gradients:
+        if module in self._checked_gradients:
             return
-        self._checked_gradients = True
+        self._checked_gradients.append(module)
         idle = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
         if not idle:
             return
+        whose = "" if module is self.tokenizer else " of the discriminator"
         said = (f"stage {self.stage}: no gradient reaches {', '.join(idle[:8])}"
-                f"{f' and {len(idle) - 8} more' if len(idle) > 8 else ''}")
+                f"{f' and {len(idle) - 8} more' if len(idle) > 8 else ''}{whose}")
         if self.accelerator.num_processes > 1:  # DDP would leave gradients unreduced now, and fail at the next step
             raise UserError(f"{said}; with several processes, freeze what this stage does not train "
                             f"(stages[{self.counters.stage}].freeze)")
@@ -496,8 +501,7 @@ class Trainer:
         if counters.step % log.steps and done < self.steps_per_epoch:
             return
         losses = self._means(self.recent_losses, self.recent_steps)
-        with torch.no_grad():
-            reports = self.tokenizer.hooks.report(progress=self._progress())
+        reports = self.tokenizer.report(self._progress())
         seconds = time.monotonic() - self.logged_at
         if self.main:
             share = float(usage(self.epoch_counts)) if self.epoch_counts.any() else None
@@ -508,7 +512,7 @@ class Trainer:
             self.monitor.scalars(train, counters.step, "train")
             if share is not None:
                 self.monitor.scalars(self._ages(), counters.step, "codes")
-            self.monitor.scalars(merge_reports(reports), counters.step, "report")
+            self.monitor.scalars(reports, counters.step, "report")
             if counters.step % log.steps == 0:  # a change means something over equal intervals only
                 self.monitor.scalars(self.drift.measure(self.tokenizer), counters.step, "drift")
         self.recent_losses, self.recent_steps, self.logged_at = {}, 0, time.monotonic()
@@ -545,12 +549,19 @@ class Trainer:
         return evaluate(self.ema, batches, self.device)
 
     def _picture_before(self, names: list[str]) -> None:
-        """Keep the pictures as they are when a loss joins those of the step before: a discriminator's, above all."""
-        joined = set(names) - set(self.counters.losses) if self.counters.losses else ()
-        before = self._reconstructions() if joined and self.main else None
-        kept = {name: self.pictures_before.get(name) for name in names if name in self.pictures_before or name in joined}
-        self.pictures_before = {name: before if name in joined else picture for name, picture in kept.items()}
-        self.counters.losses = names
+        """Keep the pictures as they are when a loss joins: the adversarial one, above all.
+
+        Until the stage ends, a loss is thought to be there even in steps that do without.
+        """
+        counters = self.counters
+        joined = [name for name in names if name not in counters.losses] if counters.losses else []
+        if not counters.step_in_stage:
+            self.pictures_before = {name: picture for name, picture in self.pictures_before.items() if name in names}
+            counters.losses = []
+        if joined:
+            before = self._reconstructions()
+            self.pictures_before |= {name: before for name in joined}
+        counters.losses = list(dict.fromkeys([*counters.losses, *names]))
 
     @torch.no_grad()
     def _reconstructions(self) -> Tensor:
@@ -604,8 +615,7 @@ class Trainer:
         if self.discriminator is not None:
             self.discriminator.load_state_dict(tensors["discriminator"])
             self.discriminator_moments = nested(tensors["discriminator_optimizer"])
-        if self.main:
-            self.pictures_before = {name: x.to(self.device) for name, x in tensors["pictures_before"].items()}
+        self.pictures_before = {name: x.to(self.device) for name, x in tensors["pictures_before"].items()}
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -651,19 +661,6 @@ def merge_losses(*found: dict[str, Tensor]) -> dict[str, Tensor]:
                 what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise PluginError(f"loss {name!r} is {what} where a 0-dim tensor is expected")
             merged[name] = value
-    return merged
-
-
-def merge_reports(found: list[dict[str, Any]]) -> dict[str, float]:
-    """Join what plugins report; a name that two use, or a value that is no number, is a PluginError."""
-    merged: dict[str, float] = {}
-    for name, value in (item for numbers in found for item in numbers.items()):
-        if name in merged:
-            raise PluginError(f"two plugins report a number called {name!r}; give one another name")
-        try:
-            merged[name] = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise PluginError(f"hook report: {name!r} is no number but {type(value).__name__}") from error
     return merged
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqzoo.ops.collective import all_reduce_sum
+
 Logits = Tensor | Sequence[Tensor]
 
 GENERATOR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -33,7 +35,10 @@ def discriminator_loss(kind: str, real: Logits, fake: Logits) -> Tensor:
 
 
 def lecam(real: Logits, fake: Logits, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
-    """Return LeCam's squared distance of logits from the moving average of the other side's (arXiv 2104.03310, eq. 6)."""
+    """Return LeCam's squared distance of logits from the moving average of the other side's (arXiv 2104.03310).
+
+    As its authors' code has it, only logits beyond that average count.
+    """
     return (_mean(lambda logits: F.relu(logits - mean_fake).square(), real)
             + _mean(lambda logits: F.relu(mean_real - logits).square(), fake))
 
@@ -41,6 +46,16 @@ def lecam(real: Logits, fake: Logits, mean_real: Tensor, mean_fake: Tensor) -> T
 def mean_logit(logits: Logits) -> Tensor:
     """Return the mean over maps of the mean of each map."""
     return _mean(lambda logits: logits, logits)
+
+
+def gradient_ratio(one: Tensor, other: Tensor, parameter: Tensor) -> Tensor:
+    """Return |∇one| / (|∇other| + 1e-4) at a parameter, of gradients' means over all processes (arXiv 2012.09841, eq. 7)."""
+    scale = 4096.0  # or fp16 would lose what is small
+    with torch.autocast(parameter.device.type, enabled=False):
+        found = [torch.autograd.grad(scale * loss, parameter, retain_graph=True)[0].float() / scale for loss in (one, other)]
+    processes = all_reduce_sum(torch.ones((), device=parameter.device))
+    sizes = all_reduce_sum(torch.stack(found)).flatten(1).norm(dim=1) / processes
+    return sizes[0] / (sizes[1] + 1e-4)
 
 
 def input_gradient(discriminator: nn.Module, images: Tensor) -> Tensor:
