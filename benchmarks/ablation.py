@@ -7,6 +7,7 @@ distance, which is therefore no rFID. A cell that is finished is not run again, 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -91,6 +92,7 @@ class Cell:
             kept.write_text(json.dumps(score(self.recipe, self.out)))
         found = json.loads((self.out / "metrics.json").read_text())
         found["metrics"].update(json.loads(kept.read_text()))
+        found["card"]["frechet"] = score.card
         recipe = plain(self.recipe)
         recipe["data"].pop("root")  # where the data lie says nothing about them; the card has their fingerprint
         recipe["plugins"]["perceptual"].pop("pretrained")
@@ -102,6 +104,8 @@ class Frechet:
 
     def __init__(self, name: str, weights: str):
         self.name = name
+        self.card = {"features": f"{name}, last layer, mean over positions, of 8-bit images at the run's resolution",
+                     "weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest()}
         self.features = Features(name, (-1,), weights, FEATURES.get(name, {}))
         self.of_images: dict[str, torch.Tensor] = {}
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import types
@@ -117,3 +118,18 @@ def test_the_table_of_results_is_what_was_recorded():
     for row in recorded:
         m = row["metrics"]
         assert rows[row["recipe"]] == f"{m['usage']:.1%} | {m['perplexity']:,.0f} | {m['psnr']:.2f} dB | {m['ssim']:.3f}"
+
+
+def test_the_table_of_the_ablation_is_what_was_recorded():
+    (results,) = re.findall(r"\[18 runs\]\(([^)]+)\)", README)
+    found = {}
+    for line in (ROOT / results).read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault(row["row"], []).append(row["metrics"])
+    forms = {"usage": "{:.1%}", "perplexity": "{:.0f}", "psnr": "{:.2f}", "ssim": "{:.3f}", "frechet_mobilenetv2_100": "{:.0f}"}
+    for row, metrics in found.items():
+        (cells,) = re.findall(rf"^\| `{row}` \| [^|]+ \| (.*) \|$", README, flags=re.MULTILINE)
+        for cell, (name, form) in zip(cells.split(" | "), forms.items(), strict=True):
+            values = [metric[name] for metric in metrics]
+            mean, spread = (form.format(x).rstrip("%") for x in (statistics.fmean(values), statistics.stdev(values)))
+            assert cell.removesuffix(" dB").removesuffix("%") == f"{mean} ± {spread}", (row, name)
