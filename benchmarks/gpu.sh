@@ -6,10 +6,10 @@
 # DATA is a folder of photos with train/ and val/ (.gpu/photos128 if unset); wheels in .gpu/wheels are installed first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-: "${OUT:?set OUT to the folder for the results}" "${DATA:=.gpu/photos128}"
-mkdir -p "$OUT"
 
 setup() {
+  : "${OUT:?set OUT to the folder for the results}" "${DATA:=.gpu/photos128}"
+  mkdir -p "$OUT"
   if compgen -G ".gpu/wheels/*.whl" > /dev/null; then pip install -q --no-index --no-deps .gpu/wheels/*.whl; fi
   python -c "import vqzoo, vqzoo_plugins" 2> /dev/null || pip install -q --no-index --no-deps --no-build-isolation -e .
 }

@@ -23,8 +23,9 @@ class GAN(Plugin):
     """GAN loss: `weight` times the generator's loss, fixed, or scaled by VQGAN's ratio of gradients if `adaptive`.
 
     Before step `start` nothing is adversarial; then the discriminator trains alone for `warmup` steps; `ramp` maps patterns of
-    stage names to the epochs in which the weight grows from 0, counted from the stage's start (the last match counts; one epoch
-    in every stage unless said). With accumulation, an adaptive weight and LeCam's averages are those of each micro-batch.
+    stage names to the epochs in which the weight grows from 0, from the stage's start (the last match counts; 1 without any).
+    A stage without gan routes both: `reconstruction_loss` to others, `discriminator_loss: []`. With accumulation, an adaptive
+    weight and LeCam's averages are each micro-batch's.
     `network` is "patch" (`layers`, `width`, `norm`) or a timm model: `features` of it, frozen unless `train_network`, with
     heads of `width`. `lecam` weighs arXiv 2104.03310's regulariser, `r1` is γ of γ/2·|∇D(x)|², and `gradient_penalty` weighs
     (|∇D| - 1)² between images and reconstructions.
@@ -37,7 +38,7 @@ class GAN(Plugin):
         max_weight: float = 1e4
         start: int = 0
         warmup: int = 0
-        ramp: dict[str, float] = field(default_factory=lambda: {"*": 1.0})
+        ramp: dict[str, float] = field(default_factory=dict)
         generator_loss: str = "non-saturating"
         discriminator_loss: str = "hinge"
         network: str = "patch"
@@ -61,7 +62,7 @@ class GAN(Plugin):
                     raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choices: {', '.join(choices[name])}")
             for name in (name for name in ("layers", "width") if getattr(self, name) < 1):
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be at least 1")
-            if not all(0 <= epochs < float("inf") for epochs in self.ramp.values()):
+            if not all(0 <= epochs < torch.inf for epochs in self.ramp.values()):
                 raise ValueError(f"ramp: {dict(self.ramp)!r} must map stage names to epochs that are not negative")
             if self.network != "patch" and not self.pretrained and not self.train_network:
                 raise ValueError(f"network: {self.network!r} would be frozen at random; set pretrained or train_network")
@@ -76,7 +77,7 @@ class GAN(Plugin):
         return ("adversarial", "discriminator", "lecam", "r1", "gradient_penalty")
 
     def named_stages(self):
-        return tuple(self.config.ramp)
+        return {"ramp": tuple(self.config.ramp)}
 
     @hookimpl
     def make_discriminator(self):
@@ -94,17 +95,16 @@ class GAN(Plugin):
         if not factor:
             return losses
         if discriminator is None:
-            raise UserError("hooks.make_discriminator: gan adds an adversarial loss, but nobody makes the discriminator")
+            raise UserError("hooks.make_discriminator: nobody makes gan's discriminator; route it to [gan], or take gan out")
         adversarial = generator_loss(self.config.generator_loss, discriminator(reconstructions))
-        weight = self.config.weight * factor * self.balance(losses, adversarial, last_layer)
-        self._news["adversarial_weight"] = weight
+        self._news["adversarial_weight"] = weight = self.config.weight * factor * self.balance(losses, adversarial, last_layer)
         return [*losses, {"adversarial": weight * adversarial}]
 
     def factor(self, progress):
         """Return the share of the weight that start, warm-up and the stage's ramp allow, in [0, 1]."""
         since = progress.step - self.config.start - self.config.warmup
         ramps = [epochs for pattern, epochs in self.config.ramp.items() if fnmatch(progress.stage, pattern)]
-        steps = ramps[-1] * progress.steps_per_epoch if ramps else 0
+        steps = (ramps or [1.0])[-1] * progress.steps_per_epoch
         return 0.0 if since < 0 else min(1.0, (min(since, progress.step_in_stage) + 1) / max(steps, 1))
 
     def balance(self, losses, adversarial, last_layer):

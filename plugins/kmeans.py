@@ -27,7 +27,7 @@ class KMeans(Plugin):
                     raise ValueError(f"{name}: {getattr(self, name)!r} must be at least 1")
 
     def named_stages(self):
-        return () if self.config.stage is None else (self.config.stage,)
+        return {} if self.config.stage is None else {"stage": (self.config.stage,)}
 
     @hookimpl
     def enter_stage(self, leaving, entering, tokenizer, batches, generator):

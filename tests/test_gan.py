@@ -134,6 +134,7 @@ def test_lecam_pulls_logits_to_averages_of_the_other_side():
     ({"ramp": {"refine": 2}}, 59, 19, "refine", 1),
     ({"ramp": {"refine": 2}}, 99, 59, "refine", 1),
     ({"ramp": {"*": 0, "refine": 2}}, 0, 0, "joint", 1),
+    ({"ramp": {"refine": 2, "*": 0}}, 40, 0, "refine", 1),
     ({"ramp": {"refine": 2}}, 0, 0, "joint", 1 / 10),
     ({"ramp": {"*": 2, "joint": 0}}, 0, 0, "joint", 1),
     ({"ramp": {"*": 2, "joint": 0}}, 0, 0, "refine", 1 / 20),
@@ -406,7 +407,7 @@ def test_accumulated_micro_batches_equal_one_batch(recipe, tmp_path):
     ("weight: -1", "plugins.gan.weight: -1.0 must be a finite number, not negative"),
     ("start: -1", "plugins.gan.start: -1 must be"),
     ("layers: 0", "plugins.gan.layers: 0 must be at least 1"),
-    ("ramp: {refine: -1}", "plugins.gan.ramp: {'*': 1.0, 'refine': -1.0} must map stage names to epochs"),
+    ("ramp: {refine: -1}", "plugins.gan.ramp: {'refine': -1.0} must map stage names to epochs"),
     ("network: resnet10t", "plugins.gan.network: 'resnet10t' would be frozen at random; set pretrained or train_network"),
     ("wieght: 1", "plugins.gan.wieght: unknown key; did you mean 'weight'?"),
 ])
@@ -427,6 +428,13 @@ def test_a_network_that_cannot_be_had_is_told_before_training(recipe, tmp_path, 
     with pytest.raises(UserError) as refused:
         Trainer(recipe(ONE, f"plugins.gan={{{config}}}"), tmp_path / "run")
     assert text in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_a_discriminator_that_needs_more_images_is_told_before_training(recipe, tmp_path, backbone):
+    wanted = TIMM.replace("TRAIN", "true").replace("PATH", str(backbone)).replace("[0, 1]", "[4]")
+    with pytest.raises(UserError, match=r"plugins\.gan\.network: .* batches of 1 and 32x32: Expected more than 1 value"):
+        Trainer(recipe(ONE, wanted, "accumulate=8"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_steps_of_the_two_sides_leave_each_other_no_gradient(recipe, tmp_path):
@@ -483,5 +491,5 @@ def test_another_number_of_pictures_resumes(recipe, tmp_path, monkeypatch):
 
 
 def test_a_ramp_in_a_stage_that_does_not_exist_is_told(recipe, tmp_path):
-    with pytest.raises(UserError, match=r"plugins\.gan: there is no stage 'refnie'; did you mean 'refine'\?"):
+    with pytest.raises(UserError, match=r"plugins\.gan\.ramp: there is no stage 'refnie'; did you mean 'refine'\?"):
         Trainer(recipe(PHASES, "plugins.gan.ramp={refnie: 2}"), tmp_path / "run")

@@ -181,7 +181,7 @@ def test_where_init_from_leads_nowhere_the_key_is_named(recipe, tmp_path):
 
 def test_a_stage_that_a_plugin_names_and_nobody_has_is_told(recipe, tmp_path):
     kmeans = PLAIN.replace("probe: {}", "kmeans: {stage: trian}")
-    refused(recipe(kmeans), tmp_path / "out", "plugins.kmeans: there is no stage 'trian'; did you mean 'train'?")
+    refused(recipe(kmeans), tmp_path / "out", "plugins.kmeans.stage: there is no stage 'trian'; did you mean 'train'?")
     assert not (tmp_path / "out").exists()
 
 

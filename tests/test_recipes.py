@@ -250,11 +250,11 @@ def test_a_resolver_inside_an_overriding_mapping_is_refused_under_its_full_key(r
     assert ": encoder.args.mult[0]: " in refusal(STAGES, "encoder={args: {mult: ['${oc.env:SECRET}']}}")
 
 
-def test_an_unknown_recipe_lists_the_shipped_ones():
+def test_an_unknown_recipe_lists_the_shipped_ones_that_stand_alone():
     with pytest.raises(UserError) as caught:
         load_recipe("quickstrat")
     assert "did you mean 'quickstart'?" in str(caught.value)
-    assert all(name in str(caught.value) for name in shipped())
+    assert all(name in str(caught.value) for name in shipped() if "/" not in name)
 
 
 # What a recipe means
@@ -492,9 +492,9 @@ def test_a_plugin_that_the_base_lacks_cannot_be_taken_back(family):
 
 def test_a_chain_is_laid_from_the_last_base_to_the_recipe_and_then_the_overrides(family, tmp_path):
     (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "base.yaml").write_text("extends: ../root.yaml\nseed: 2\nema: 0.5\nplugins: {pixel: }\n")
+    (tmp_path / "deep" / "base.yaml").write_text("extends: ../root.yaml\nseed: 2\nema: 0.5\nplugins: {pixel: {}}\n")
     recipe = family("ema=0.7", "plugins.pixel.l2=3", root="seed: 1\nepochs: 9\nema: 0.1\nplugins: {vq: }",
-                    child="extends: deep/base.yaml\nseed: 3\nema: 0.6\nplugins: {kmeans: }")
+                    child="extends: deep/base.yaml\nseed: 3\nema: 0.6\nplugins: {kmeans: {}}")
     assert (recipe.seed, recipe.epochs, recipe.ema, recipe.plugins["pixel"].l2) == (3, 9, 0.7, 3.0)
     assert list(recipe.plugins) == ["vq", "pixel", "kmeans"]
 

@@ -33,7 +33,7 @@ class PatchDiscriminator(nn.Module):
         if min(images.shape[-2:]) < self.smallest:
             height, width = images.shape[-2:]
             raise UserError(f"plugins.gan.layers: this many halvings need images of {self.smallest} pixels or more, and get "
-                            f"{height}x{width}; use fewer layers")
+                            f"{height}x{width}; use fewer layers or a larger data.resolution")
         return self.model(images)
 
 

@@ -24,7 +24,7 @@ class NonFiniteError(Exception):
 
 def suggestion(word: str, choices: Iterable[str]) -> str:
     """Return a clause for an error message: the nearest choice, if one is near, and all of them, or the first of many."""
-    names = sorted(choices)
+    names = sorted(choices, key=lambda name: (name.count("/"), name))
     near = difflib.get_close_matches(word, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""

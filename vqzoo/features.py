@@ -73,7 +73,7 @@ class Features(nn.Module):
             if size in self._fitting or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise UserError(
-                f"{self.key}.network: {self.name} cannot process images of {size[0]}x{size[1]}: {error}; where the network "
+                f"{self.key}.network: {self.name} cannot process batches of {len(images)} and {size[0]}x{size[1]}: {error}; where the network "
                 f"knows it, {self.key}.args: {{dynamic_img_size: true}} or {{img_size: [{size[0]}, {size[1]}]}} mends this, "
                 "else choose another network or data.resolution"
             ) from error

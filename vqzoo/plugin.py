@@ -33,9 +33,9 @@ class Plugin(nn.Module):
         """Name the losses of `reconstruction_loss` and `discriminator_loss` that another plugin may watch."""
         return ()
 
-    def named_stages(self) -> tuple[str, ...]:
-        """Name the stages, or patterns of their names, of which its fields speak; wiring refuses one that does not exist."""
-        return ()
+    def named_stages(self) -> dict[str, tuple[str, ...]]:
+        """Map fields to the stages, or patterns of their names, of which they speak; wiring refuses one that nobody has."""
+        return {}
 
     def watched_losses(self) -> tuple[str, ...]:
         """Name the losses whose epoch means `stage_transition` reads; wiring refuses a stage in which nobody returns one."""

@@ -41,7 +41,7 @@ def prepare(recipe: Recipe) -> Prepared:
         _check_batch_norm(tokenizer.encoder, recipe.encoder.batch_norm, accelerator.device)
     kept = init_from(tokenizer, recipe.init_from) if recipe.init_from else []
     discriminator = make_discriminator(tokenizer, recipe)
-    _rehearse_losses(tokenizer, discriminator, recipe, accelerator.device)
+    _rehearse_losses(tokenizer, discriminator, recipe, accelerator)
     return Prepared(accelerator, train, val, steps, tokenizer, discriminator, kept)
 
 
@@ -60,9 +60,9 @@ def build(recipe: Recipe) -> Tokenizer:
 
 def _check_named_stages(tokenizer: Tokenizer, stages: list[str]) -> None:
     for name, plugin in tokenizer.plugins.items():
-        for pattern in plugin.named_stages():
+        for key, pattern in ((key, pattern) for key, patterns in plugin.named_stages().items() for pattern in patterns):
             if not any(fnmatch(stage, pattern) for stage in stages):
-                raise UserError(f"plugins.{name}: there is no stage {pattern!r}; {suggestion(pattern, stages)}")
+                raise UserError(f"plugins.{name}.{key}: there is no stage {pattern!r}; {suggestion(pattern, stages)}")
 
 
 def enter(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
@@ -74,8 +74,8 @@ def enter(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
     tokenizer.wire(stage_hooks(recipe, stage), keys)
     tokenizer.freeze(stage.freeze, f"stages[{number}].freeze")
     if tokenizer.hooks.providers("discriminator_loss") and not tokenizer.hooks.providers("make_discriminator"):
-        raise UserError(f"{keys.get('discriminator_loss', 'hooks.discriminator_loss')}: there is no discriminator; nobody "
-                        "serves make_discriminator")
+        raise UserError(f"{keys.get('discriminator_loss', 'hooks.discriminator_loss')}: there is no discriminator, since "
+                        "nobody serves make_discriminator; take its plugin out, or route make_discriminator to it")
     if not any(parameter.requires_grad for parameter in tokenizer.parameters()):
         raise UserError(f"stages[{number}].freeze: nothing is left to train")
 
@@ -105,12 +105,14 @@ def _rehearse(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
             )
 
 
-def _rehearse_losses(tokenizer: Tokenizer, discriminator: nn.Module | None, recipe: Recipe, device: torch.device) -> None:
+def _rehearse_losses(tokenizer: Tokenizer, discriminator: nn.Module | None, recipe: Recipe, accelerator: Accelerator) -> None:
     """Ask for each stage's losses on images once, as late in a run as can be: weights that are missing are found before it.
 
     Leaves the modules on the device that trains them, since collectives of plugins may know no other.
     """
-    modules = [module.to(device) for module in (tokenizer, discriminator) if module is not None]
+    count = min(2, max(1, recipe.data.batch_size // (recipe.accumulate * accelerator.num_processes)))
+    images = torch.zeros(count, 3, *recipe.data.resolution, device=accelerator.device)
+    modules = [module.to(images.device) for module in (tokenizer, discriminator) if module is not None]
     buffers = [buffer for module in modules for buffer in module.buffers()]
     before = [buffer.clone() for buffer in buffers]
     rehearsed = []
@@ -120,19 +122,22 @@ def _rehearse_losses(tokenizer: Tokenizer, discriminator: nn.Module | None, reci
         served.append(tokenizer.decoder.last_layer.requires_grad)
         if served not in rehearsed:
             rehearsed.append(served)
-            _rehearse_stage(tokenizer, discriminator, recipe, number, device)
+            try:
+                _rehearse_stage(tokenizer, discriminator, images, recipe.stages[number].name)
+            except (RuntimeError, ValueError) as error:
+                servers = ", ".join(dict.fromkeys([*served[0], *served[1]]))
+                raise UserError(f"stages[{number}]: the losses of {servers} cannot be had for {count} image(s) of "
+                                f"{images.shape[2]}x{images.shape[3]} per process and micro-batch: {error}") from error
     for buffer, value in zip(buffers, before, strict=True):
         buffer.copy_(value)
 
 
-def _rehearse_stage(
-    tokenizer: Tokenizer, discriminator: nn.Module | None, recipe: Recipe, number: int, device: torch.device
-) -> None:
-    progress = Progress(2**40, 2**40, recipe.stages[number].name, 2**40, 2**40, 1)
-    images = torch.zeros(2, 3, *recipe.data.resolution, device=device)
+def _rehearse_stage(tokenizer: Tokenizer, discriminator: nn.Module | None, images: torch.Tensor, stage: str) -> None:
+    progress, device = Progress(2**40, 2**40, stage, 2**40, 2**40, 1), images.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         tokenizer.train()
-        reconstructions = tokenizer.decoder(torch.zeros(2, tokenizer.codebook.width, *tokenizer.grid, device=device))
+        codes = torch.zeros(len(images), tokenizer.codebook.width, *tokenizer.grid, device=device)
+        reconstructions = tokenizer.decoder(codes)
         tokenizer.reconstruction_losses(images, reconstructions, discriminator, progress)
         if discriminator is not None and tokenizer.hooks.providers("discriminator_loss"):
             tokenizer.discriminator_losses(images, reconstructions.detach(), discriminator, progress)

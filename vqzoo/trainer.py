@@ -645,7 +645,8 @@ class Trainer:
             checkpoint.write_text(self.out / "metrics.json", to_json(result))
             save_picture(self._show_pictures(), self.out / "reconstructions.png")
             self.ema.save_pretrained(self.out / "tokenizer")
-            self.monitor.scalars(metrics, counters.step, "final")
+            for group in ("held_out", "final"):
+                self.monitor.scalars(metrics, counters.step, group)
         self.accelerator.wait_for_everyone()
         return result
 
