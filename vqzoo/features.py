@@ -72,10 +72,11 @@ class Features(nn.Module):
         except (AssertionError, RuntimeError, ValueError) as error:  # what timm and torch raise for a size that cannot be
             if size in self._fitting or isinstance(error, torch.OutOfMemoryError):
                 raise
+            height, width = size
             raise UserError(
-                f"{self.key}.network: {self.name} cannot process batches of {len(images)} and {size[0]}x{size[1]}: {error}; where the network "
-                f"knows it, {self.key}.args: {{dynamic_img_size: true}} or {{img_size: [{size[0]}, {size[1]}]}} mends this, "
-                "else choose another network or data.resolution"
+                f"{self.key}.network: {self.name} cannot process batches of {len(images)} and {height}x{width}: {error}; where "
+                f"the network knows it, {self.key}.args: {{dynamic_img_size: true}} or {{img_size: [{height}, {width}]}} mends "
+                "this, else choose another network or data.resolution"
             ) from error
         self._fitting.add(size)
         return features
