@@ -140,7 +140,9 @@ def test_a_run_that_blows_up_exits_with_1_and_names_the_step(recipe, tmp_path):
     ("run", "vqzoo.trainer.Trainer.run", "vqzoo: interrupted; continue with --resume\n"),
     ("check", "vqzoo.explain.predict_memory", "vqzoo: interrupted\n"),
 ])
-def test_ctrl_c_ends_a_command_without_a_traceback(recipe, tmp_path, monkeypatch, command, target, hint):
+def test_ctrl_c_ends_a_command_without_a_traceback(recipe, tmp_path, monkeypatch, request, command, target, hint):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr(target, lambda *_: signal.raise_signal(signal.SIGINT))
     done = call(command, recipe, *(["--out", tmp_path / "out"] if command == "run" else []))
     assert (done.code, done.err) == (130, hint)
