@@ -74,7 +74,7 @@ class GAN(Plugin):
         self._news = {}  # what was computed since the last report
 
     def loss_names(self):
-        return ("adversarial", "discriminator", "lecam", "r1", "gradient_penalty")
+        return ("adversarial", "discriminator", *(n for n in ("lecam", "r1", "gradient_penalty") if getattr(self.config, n)))
 
     def named_stages(self):
         return {"ramp": tuple(self.config.ramp)}

@@ -118,6 +118,11 @@ def test_lecam_pulls_logits_to_averages_of_the_other_side():
     assert {"logit_means", "updates"} <= set(plugin.state_dict())  # so that a run resumes with them
 
 
+def test_only_losses_that_are_returned_may_be_watched():
+    assert gan().loss_names() == ("adversarial", "discriminator")
+    assert gan(r1=1.0, lecam=0.1).loss_names() == ("adversarial", "discriminator", "lecam", "r1")
+
+
 # ---- the schedule and the weight
 
 
@@ -341,21 +346,26 @@ def test_a_panel_compares_with_the_pictures_before_the_loss_joined(phases):
     assert not checkpoint_at(phases.out, 4)["pictures_before"]
 
 
-def test_pictures_and_moments_survive_an_interruption(recipe, phases, tmp_path, monkeypatch):
-    overrides = ["plugins.gan.ramp={'*': 0, refine: 2}", "log.steps=1", "plugins.gan.lecam=0.1"]
-    whole, again = (Trainer(recipe(PHASES, *overrides), tmp_path / name) for name in ("whole", "again"))
-    whole.run()
+def interrupt(job, monkeypatch, epoch=4):
+    """Run until an epoch has ended, and interrupt there."""
     end = Trainer._end_epoch
 
     def stop(self):
         end(self)
-        if self.counters.epoch == 4:
+        if self.counters.epoch == epoch:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "_end_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
-        again.run()
+        job.run()
     monkeypatch.undo()
+
+
+def test_pictures_and_moments_survive_an_interruption(recipe, phases, tmp_path, monkeypatch):
+    overrides = ["plugins.gan.ramp={'*': 0, refine: 2}", "log.steps=1", "plugins.gan.lecam=0.1"]
+    whole, again = (Trainer(recipe(PHASES, *overrides), tmp_path / name) for name in ("whole", "again"))
+    whole.run()
+    interrupt(again, monkeypatch)
     Trainer(recipe(PHASES, *overrides), tmp_path / "again", resume=True).run()
     one, other = (checkpoint_at(tmp_path / name, 10) for name in ("whole", "again"))
     for part in ("tokenizer", "average", "discriminator", "discriminator_optimizer", "pictures_before"):
@@ -475,17 +485,7 @@ def test_a_loss_that_rests_now_and_then_joins_once(recipe, tmp_path):
 
 
 def test_another_number_of_pictures_resumes(recipe, tmp_path, monkeypatch):
-    end = Trainer._end_epoch
-
-    def stop(self):
-        end(self)
-        if self.counters.epoch == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "_end_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(recipe(PHASES), tmp_path / "run").run()
-    monkeypatch.undo()
+    interrupt(Trainer(recipe(PHASES), tmp_path / "run"), monkeypatch)
     result = Trainer(recipe(PHASES, "log.images=3"), tmp_path / "run", resume=True).run()
     assert result["run"]["step"] == 10
 

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from vqzoo.errors import UserError
 from vqzoo.features import Features
 
-NORMS = ("batch", "group", "none")
-
 
 class PatchDiscriminator(nn.Module):
     """Judge overlapping patches of an image (PatchGAN, arXiv 1611.07004): [B, 3, H, W] → logits [B, 1, h, w].
