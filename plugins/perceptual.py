@@ -17,7 +17,9 @@ class Perceptual(Plugin):
     judged weights and so its numbers are not LPIPS. layers are indices into the network's feature_info, [] for all; the early
     ones see texture, and a network's last is best left out. At weight 1 its
     gradient is tens of times that of an L1 loss of weight 1, hence the default. pretrained and args are as an encoder's: true
-    or a path, mean and std, the rest goes to timm. float32 always.
+    or a path, mean and std, the rest goes to timm. float32 whatever the recipe's precision, unless `bf16` lets the network run
+    in bfloat16: that moved the loss by 0.02% and an image's gradient by 41% of its length (on a CPU, mobilenetv2_100 with its
+    weights). `compile` runs it by torch.compile.
     """
 
     @dataclass
@@ -27,13 +29,16 @@ class Perceptual(Plugin):
         pretrained: bool | str = True
         args: dict[str, Any] = field(default_factory=dict)
         weight: float = 0.1
+        bf16: bool = False
+        compile: bool = False
 
         def __post_init__(self):
             check_weights(self, "weight")
 
     def __init__(self, config):
         super().__init__(config)
-        self._features = Frozen(partial(Features, config.network, config.layers, config.pretrained, config.args))
+        make = partial(Features, config.network, config.layers, config.pretrained, config.args)
+        self._features = Frozen(make, config.bf16, config.compile)
 
     def loss_names(self):
         return ("perceptual",)
@@ -50,4 +55,5 @@ class Perceptual(Plugin):
 
 def unit(features):
     """Return features [B, C, h, w] of unit length over channels; eps inside the root keeps the gradient at zero finite."""
+    features = features.float()  # bfloat16 would drown the differences of unit features in its rounding
     return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()

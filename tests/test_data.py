@@ -102,7 +102,7 @@ def test_start_continues_where_the_samples_ended(config):
 def test_each_pass_has_its_own_order_and_no_sample_twice(config, monkeypatch):
     dataset = make_dataset(config, "train")
     seen = []
-    monkeypatch.setattr(dataset.source, "image", lambda index: seen.append(index) or picture(index, 16, 24))
+    monkeypatch.setattr(dataset.source, "image", lambda index, cover: seen.append(index) or picture(index, 16, 24))
     take(config, dataset, 4)
     first, second = seen[:16], seen[16:]
     assert len(set(first)) == len(set(second)) == 16 and first != second  # 21 files, batches of 8
@@ -264,7 +264,7 @@ class FakeSource:
     def name(self, index):
         return f"image {index}"
 
-    def image(self, index):
+    def image(self, index, cover=None):
         return self.images[index]
 
 
@@ -311,6 +311,45 @@ def test_exif_orientation_is_applied():
     exif[0x0112] = 6
     upright = decode(saved(image, "PNG", exif=exif))
     assert upright.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+def smooth(height, width):
+    """Return a picture that is nearly the same at any scale."""
+    rows, columns = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([rows * 255 // height, columns * 255 // width, rows * 0 + 128], 2).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("size", "resolution", "shorter", "reduced"), [
+    ((300, 400), (32, 32), None, 8),
+    ((300, 400), (32, 32), 64, 4),
+    ((300, 400), (160, 32), None, 1),
+    ((256, 256), (128, 128), 128, 2),
+    ((255, 255), (128, 128), None, 1),
+    ((40, 30), (64, 64), None, 1),
+])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_draft_is_the_smallest_scale_that_needs_no_enlarging(size, resolution, shorter, reduced, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = smooth(*(size if orientation == 1 else size[::-1]))
+    made = decode(saved(image, "JPEG", quality=95, exif=exif), (resolution, shorter))
+    assert made.size == (-(-size[1] // reduced), -(-size[0] // reduced))
+
+
+def test_drafts_are_for_training_alone_and_show_the_same_crops(tmp_path, config):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for number in range(8):
+            smooth(200 + number, 180).save(tmp_path / split / f"{number}.jpg", quality=95)
+    found = {}
+    for draft in (False, True):
+        config = replace(config, root=str(tmp_path), draft=draft, resize=40)
+        train = take(config, make_dataset(config, "train"), 2)
+        val = joined(eval_batches(config, make_dataset(config, "val")))
+        found[draft] = (*joined(train), *val)
+    assert torch.equal(found[False][2], found[True][2]) and torch.equal(found[False][1], found[True][1])
+    difference = (found[False][0].float() - found[True][0].float()).abs()
+    assert 0 < difference.max() < 12 and difference.mean() < 2  # levels of 255
 
 
 # Files that do not decode
@@ -447,6 +486,11 @@ def test_flat_and_class_folders_hold_the_same_images(tmp_path, config):
 def test_a_mistake_is_named_with_its_key(config, change, says):
     with pytest.raises(UserError, match=says):
         make_dataset(replace(config, **change), "train")
+
+
+def test_a_draft_of_what_others_decode_is_refused(config):
+    with pytest.raises(UserError, match=r"data.draft: the images of data.name=photos are decoded elsewhere"):
+        make_dataset(replace(config, name="photos", draft=True), "train")
 
 
 def test_a_split_is_never_guessed(tmp_path, config):

@@ -339,6 +339,65 @@ def test_the_perceptual_loss_is_float32_and_its_gradient_reaches_reconstructions
     assert flat.grad.isfinite().all()
 
 
+@pytest.fixture
+def of_plugin(backbone):
+    """Make one of the two losses with further fields, always with the same weights."""
+    fields = {"lpips": {"network": "squeeze", "weights": str(backbone("squeeze")[1])},
+              "perceptual": {"network": "resnet10t", "layers": [0, 1], "pretrained": False}}
+
+    def make(name, **more):
+        torch.manual_seed(0)
+        plugin = make_plugin(name, {**fields[name], **more})
+        return plugin, getattr(plugin, {"lpips": "_distance", "perceptual": "_features"}[name])
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["lpips", "perceptual"])
+def test_bf16_runs_the_convolutions_alone(of_plugin, name):
+    images, (plain, _), (plugin, frozen), dtypes = pair(), of_plugin(name), of_plugin(name, bf16=True), set()
+    loss(plugin, *images)
+    for module in (m for m in frozen.network.modules() if isinstance(m, nn.Conv2d)):
+        module.register_forward_hook(lambda module, inputs, output: dtypes.add((output.dtype, module.weight.dtype)))
+    found, expected = loss(plugin, *images), loss(plain, *images)
+    assert dtypes == {(torch.bfloat16, torch.float32)} and found.dtype == torch.float32
+    assert found != expected and abs(found / expected - 1) < 0.01
+    near = images[0] + 1e-3 * images[1]  # differences below what bfloat16 could tell from 1
+    assert 0 < loss(plugin, images[0], near) < 0.01 * found and loss(plugin, images[0], images[0]) == 0
+
+
+@pytest.mark.parametrize("name", ["lpips", "perceptual"])
+def test_a_compiled_loss_is_the_same(of_plugin, name, monkeypatch):
+    original, compiled, gradients = torch.compile, [], []
+
+    def trace(what, **options):  # without generating code
+        compiled.append(what)
+        return original(what, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    made = [of_plugin(name), of_plugin(name, compile=True)]
+    for plugin, _ in made:
+        images, reconstructions = pair()
+        value = loss(plugin, images, reconstructions.requires_grad_())
+        torch.autograd.grad(value, reconstructions, retain_graph=True)  # as an adaptive weight does
+        value.backward()
+        gradients.append((value.detach(), reconstructions.grad))
+        assert pickle.loads(pickle.dumps(Frozen(nn.Identity, compile=True))).compile
+    assert compiled == [made[1][1].network]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    torch.compiler.reset()
+
+
+def test_convolutions_are_laid_out_as_they_run_best_unless_group_norms_turn_them_back():
+    frozen = Frozen(partial(nn.Conv2d, 4, 4, 3))
+    frozen(torch.zeros(1, 4, 8, 8))
+    assert frozen.network.weight.is_contiguous(memory_format=torch.channels_last)
+    frozen = Frozen(lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)))
+    frozen(torch.zeros(1, 4, 8, 8))
+    assert frozen.network[0].weight.is_contiguous()
+
+
 # ---- a run
 
 

@@ -20,8 +20,16 @@ from vqzoo.ops import (
     perplexity,
     usage,
 )
+from vqzoo.ops import backends, use
 from vqzoo.ops import nearest as nearest_module
 from vqzoo.ops import nonstationary as nonstationary_module
+
+
+@pytest.fixture(params=["eager", "chunked"], autouse=True)
+def backend(request):
+    """Run every test of this file with each backend that works everywhere."""
+    with use(request.param):
+        yield request.param
 
 
 def normal(*shape, seed=0):
@@ -67,13 +75,13 @@ def test_nearest_codes_have_the_float64_distance(kind, count, size, width):
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 9])
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 16, 17])
 def test_nearest_codes_cross_tile_edges(monkeypatch, count, size):
-    monkeypatch.setitem(nearest_module.TILES, "cpu", (4, 8))
+    monkeypatch.setitem(nearest_module.TILES, "cpu", (4, 16))
     latents, vectors = clouds("gauss", count, size, 3)
     indices, _ = nearest_codes(latents, vectors)
     assert torch.equal(indices, distances64(latents, vectors).argmin(1))
 
 
-@pytest.mark.parametrize("tile", [(1024, 4096), (5, 6)])
+@pytest.mark.parametrize("tile", [(512, 4096), (5, 16)])
 @pytest.mark.parametrize("width", [1, 16, 64, 127])
 def test_nearest_codes_take_the_first_of_equal_codes(monkeypatch, tile, width):
     monkeypatch.setitem(nearest_module.TILES, "cpu", tile)
@@ -116,6 +124,37 @@ def test_nearest_codes_of_no_latents_and_of_broken_latents():
     indices, _ = nearest_codes(broken, vectors)
     assert indices.min() >= 0 and indices.max() < 9
     assert indices[3] == distances64(broken[3:], vectors).argmin()
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15, 1e25, 3e37])
+def test_sizes_whose_squares_overflow_do_not_matter(scale):
+    latents, vectors = normal(40, 7).clamp(-2, 2), normal(90, 7, seed=1).clamp(-2, 2)
+    wanted, _ = nearest_codes(latents, vectors)
+    scale = 2.0 ** round(math.log2(scale))
+    assert torch.equal(nearest_codes(latents * scale, vectors * scale)[0], wanted)
+    mixed = torch.cat([vectors * max(scale, 1), vectors])
+    exact = distances64(latents, mixed).argmin(1)
+    assert torch.equal(nearest_codes(latents, mixed)[0], exact)
+
+
+def test_codes_that_are_not_finite_are_left_out():
+    latents, vectors = normal(30, 5), normal(70, 5, seed=1)
+    whole = vectors.clone()
+    vectors[3], vectors[40, 2], vectors[69, 0] = math.nan, math.inf, -math.inf
+    exact = distances64(latents, whole)
+    exact[:, [3, 40, 69]] = math.inf
+    assert torch.equal(nearest_codes(latents, vectors)[0], exact.argmin(1))
+    indices, distances = nearest_codes(latents, torch.full((70, 5), math.nan))
+    assert indices.eq(0).all() and not distances.isfinite().any()
+
+
+def test_many_codes_within_rounding_of_each_other():
+    """Two far heaps of nearly equal codes: the bound excludes little, and float64 must decide."""
+    heaps = torch.tensor([-1.0, 1.0]).repeat(300)[:, None] * normal(1, 9, seed=2)
+    vectors = heaps + 1e-6 * normal(600, 9, seed=1)
+    vectors[500:] = vectors[:100]
+    latents = vectors[torch.randperm(600)[:50]] + 1e-6 * normal(50, 9)
+    assert torch.equal(nearest_codes(latents, vectors)[0], distances64(latents, vectors).argmin(1))
 
 
 def test_the_search_leaves_matmul_precision_as_it_was():
@@ -199,16 +238,40 @@ def test_loss_far_below_rounding_of_the_winner_is_kept():
     assert nonstationary_loss(latents, vectors, torch.tensor([0]), 1e-3) == 0
 
 
-@pytest.mark.parametrize("budget", [1, 29, 4 * 29 - 1, 4 * 29, 10**6])
-def test_loss_is_the_same_in_any_chunks(monkeypatch, budget):
-    monkeypatch.setitem(nonstationary_module.BUDGETS, "cpu", budget)
+@pytest.mark.parametrize("most", [0, 10**6])
+@pytest.mark.parametrize("tile", [(1, 1), (5, 7), (12, 29), (4, 28), (256, 2048)])
+def test_loss_is_the_same_in_any_tiles_and_passes(monkeypatch, tile, most):
+    monkeypatch.setitem(nonstationary_module.TILES, "cpu", tile)
+    monkeypatch.setattr(nonstationary_module, "MOST", most)
     latents, vectors = normal(12, 6), normal(29, 6, seed=1).requires_grad_()
     indices = nearest_codes(latents, vectors)[0]
-    loss = nonstationary_loss(latents, vectors, indices, 2.0)
+    loss = nonstationary_loss(latents, vectors, indices, 2.0, backend="chunked")
     loss.backward()
     exact, gradient = dense(latents, vectors, indices, 2.0, torch.float64)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
     torch.testing.assert_close(vectors.grad.double(), gradient, rtol=1e-4, atol=1e-8)
+    with torch.no_grad():
+        assert nonstationary_loss(latents, vectors, indices, 2.0, backend="chunked") == loss
+
+
+@pytest.mark.parametrize("skip", [1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_skipped_tiles_change_no_more_than_is_documented(monkeypatch, temperature, skip):
+    monkeypatch.setitem(nonstationary_module.TILES, "cpu", (16, 8))
+    centres = normal(8, 6, seed=2) * 3
+    vectors = (centres.repeat_interleave(8, 0) + 0.1 * normal(64, 6, seed=1)).requires_grad_()
+    latents = centres.repeat_interleave(16, 0) + 0.3 * normal(128, 6)
+    indices, _ = nearest_codes(latents, vectors)
+    exact, gradient = dense(latents, vectors, indices, temperature, torch.float64)
+    asked, multiply = [], torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *a, **k: asked.append(1) or multiply(*a, **k))
+    loss = nonstationary_loss(latents, vectors, indices, temperature, skip=skip, backend="chunked")
+    assert len(asked) < 8 * 8, "no tile was skipped"
+    loss.backward()
+    distances = distances64(latents, vectors.detach())
+    assert abs(loss.double() - exact) <= skip * distances.max() / 6 + 1e-6
+    norms = (vectors.grad.double() - gradient).norm(dim=1).sum()
+    assert norms <= 2 * skip * distances.max().sqrt() / 6 + 1e-6
 
 
 def test_the_gradient_reaches_what_vectors_came_from_and_never_latents():
@@ -249,13 +312,13 @@ def test_loss_without_gradient_and_without_latents():
 
 
 def test_gradient_work_is_skipped_where_no_gradient_is_wanted(monkeypatch):
-    asked, stream = [], nonstationary_module._stream
-    monkeypatch.setattr(nonstationary_module, "_stream", lambda *a: asked.append(a[-1]) or stream(*a))
-    latents, vectors, indices = normal(3, 2), normal(4, 2).requires_grad_(), torch.arange(3)
-    nonstationary_loss(latents, vectors, indices, 1.0)
-    nonstationary_loss(latents, vectors.detach(), indices, 1.0)
+    asked, chunked = [], nonstationary_module._chunked
+    monkeypatch.setattr(nonstationary_module, "_chunked", lambda *a: asked.append(a[-2]) or chunked(*a))
+    latents, vectors, indices = normal(300, 20), normal(40, 20).requires_grad_(), torch.arange(300) % 40
+    nonstationary_loss(latents, vectors, indices, 1.0, backend="chunked")
+    nonstationary_loss(latents, vectors.detach(), indices, 1.0, backend="chunked")
     with torch.no_grad():
-        nonstationary_loss(latents, vectors, indices, 1.0)
+        nonstationary_loss(latents, vectors, indices, 1.0, backend="chunked")
     assert asked == [True, False, False]
 
 

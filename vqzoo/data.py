@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -54,6 +54,7 @@ class DataConfig:
     resolution: list[int] = field(default_factory=lambda: [128, 128])  # [height, width]
     resize: int | None = None  # shorter side before the training crop; null: what just covers it, own scale for photos
     flip: bool = False
+    draft: bool = False  # training JPEGs are decoded at 1/2, 1/4 or 1/8 where that covers the crop: faster, other pixels
     batch_size: int = 32  # per optimizer step, over all processes and micro-batches
     eval_batch_size: int = 32
     workers: int = 2
@@ -84,17 +85,26 @@ class Key(NamedTuple):
 # Pixels
 
 
-def decode(file: Any) -> Image.Image:
+def decode(file: Any, cover: tuple[tuple[int, int], int | None] | None = None) -> Image.Image:
     """Decode a path or binary file into RGB, upright; raise whatever Pillow does, or ValueError above its size limit.
 
-    The first frame of an animation; transparency on white; 16-bit grey scaled to 8.
+    The first frame of an animation; transparency on white; 16-bit grey scaled to 8. With `cover`, a resolution [height,
+    width] and a shorter side, libjpeg reduces a JPEG by 2, 4 or 8 as far as it still covers them.
     """
     with Image.open(file) as image:
         limit = Image.MAX_IMAGE_PIXELS
         if limit and image.width * image.height > limit:
             raise ValueError(f"{image.width}x{image.height} pixels exceed the limit of {limit} (decompression bomb)")
+        if cover and image.format in ("JPEG", "MPO"):
+            _reduce(image, *cover)
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
+
+
+def _reduce(image: Image.Image, resolution: tuple[int, int], shorter: int | None) -> None:
+    sideways = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # stored as columns, which are turned after decoding
+    height, width = _covering(image.size[::-1] if sideways else image.size, resolution, shorter)
+    image.draft(None, (height, width) if sideways else (width, height))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -112,7 +122,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def crop_val(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
     """Resize until the image just covers [height, width] and keep its centre; no resampling where it fits already."""
-    height, width = _covering(image, resolution)
+    height, width = _covering(image.size, resolution)
     return _cut(image, (height, width), resolution, (height - resolution[0]) // 2, (width - resolution[1]) // 2)
 
 
@@ -120,16 +130,16 @@ def crop_train(
     image: Image.Image, resolution: tuple[int, int], resize: int | None, flip: bool, rng: np.random.Generator
 ) -> Image.Image:
     """Resize until the image covers [height, width] and its shorter side has `resize` pixels, then crop at random."""
-    height, width = _covering(image, resolution, resize)
+    height, width = _covering(image.size, resolution, resize)
     down, right, side = rng.random(3)  # always three, so that `flip` does not move the crops
     top, left = int(down * (height - resolution[0] + 1)), int(right * (width - resolution[1] + 1))
     crop = _cut(image, (height, width), resolution, top, left)
     return ImageOps.mirror(crop) if flip and side < 0.5 else crop
 
 
-def _covering(image: Image.Image, resolution: tuple[int, int], shorter: int | None = None) -> tuple[int, int]:
-    """Return the [height, width] to resize to, with the aspect kept."""
-    width, height = image.size
+def _covering(size: tuple[int, int], resolution: tuple[int, int], shorter: int | None = None) -> tuple[int, int]:
+    """Return the [height, width] to which to resize an image of size (width, height), with the aspect kept."""
+    width, height = size
     scale = max(resolution[0] / height, resolution[1] / width, (shorter or 0) / min(width, height))
     return max(resolution[0], round(height * scale)), max(resolution[1], round(width * scale))
 
@@ -163,7 +173,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-# Sources: each has a length, name(index), image(index) -> RGB, and signature(), the lines that identify its content
+# Sources: each has a length, name(index), image(index, cover) -> RGB, and signature(), the lines that identify its content;
+# cover is that of `decode`, and a source that decodes nothing itself passes by it
 
 
 class Folder:
@@ -181,8 +192,8 @@ class Folder:
     def name(self, index: int) -> str:
         return self.names[index]
 
-    def image(self, index: int) -> Image.Image:
-        return decode(self.root / self.names[index])
+    def image(self, index: int, cover: Any = None) -> Image.Image:
+        return decode(self.root / self.names[index], cover)
 
     def signature(self) -> list[str]:
         return [f"{name} {(self.root / name).stat().st_size}" for name in self.names]
@@ -226,7 +237,7 @@ class Photos:
     def name(self, index: int) -> str:
         return self.tiles[index][1]
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, cover: Any = None) -> Image.Image:
         photo, _, box = self.tiles[index]
         return _photo(photo).crop(box)
 
@@ -275,11 +286,11 @@ class TimmImages:
     def name(self, index: int) -> str:
         return f"{self.prefix}[{index}]"
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, cover: Any = None) -> Image.Image:
         if not hasattr(self.dataset, "reader"):  # a torchvision dataset
             return to_rgb(self.dataset[index][0])
         with self.dataset.reader[index][0] as file:
-            return decode(file)
+            return decode(file, cover)
 
     def signature(self) -> list[str]:
         return [f"{self.prefix} {len(self)}"]
@@ -299,6 +310,7 @@ class ImageDataset(Dataset):
         self.source = source
         self.resolution = tuple(config.resolution)
         self.resize, self.flip, self.cap = resize, config.flip, config.bad_files
+        self.cover = (self.resolution, resize) if config.draft else None
         self.bad: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -311,7 +323,7 @@ class ImageDataset(Dataset):
         failures = {}
         for index in self._candidates(key):
             try:
-                image = self.source.image(index)
+                image = self.source.image(index, None if key.seed is None else self.cover)
                 return _tensor(self._crop(image, key)), key.position, failures
             except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
                 failures[self.name(index)] = _reason(error)
@@ -402,6 +414,7 @@ def make_dataset(config: DataConfig, split: str) -> ImageDataset | StreamDataset
     if config.name == "folder":
         return ImageDataset(Folder(_folder(config, split), f"data.{split}"), config, config.resize)
     if config.name == "photos":
+        _refuse_draft(config)
         return _photos(config, split)
     if config.name.partition("/")[0].lower() in TIMM and "/" in config.name:
         return _timm(config, split)
@@ -418,6 +431,12 @@ def _check(config: DataConfig) -> None:
     for key, least in (("batch_size", 1), ("eval_batch_size", 1), ("workers", 0), ("bad_files", 0)):
         if getattr(config, key) < least:
             raise UserError(f"data.{key}: {getattr(config, key)} is less than {least}")
+
+
+def _refuse_draft(config: DataConfig) -> None:
+    if config.draft:
+        raise UserError(f"data.draft: the images of data.name={config.name} are decoded elsewhere, at full size; set "
+                        "data.draft=false, or read a folder of JPEGs")
 
 
 def _folder(config: DataConfig, split: str) -> Path:
@@ -483,6 +502,8 @@ def _timm(config: DataConfig, role: str) -> ImageDataset | StreamDataset:
         where = f"{config.name!r}, data.{role}={split}, data.root={config.root}"
         raise UserError(f"data.name: timm cannot open {where}: {_reason(error)}") from error
     name = f"{config.name}/{split}"
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "reader"):
+        _refuse_draft(config)
     if isinstance(dataset, IterableDataset):
         return StreamDataset(dataset, name, config)
     if len(dataset) == 0:

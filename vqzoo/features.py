@@ -1,6 +1,7 @@
 """Feature maps of timm networks for losses and discriminators, and networks that are no part of the tokenizer."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -87,25 +88,38 @@ class Frozen:
 
     `make` returns the network, and is asked at the first call. The network takes no gradient itself and stays in evaluation;
     it is in no state_dict and no list of parameters, a copy of its owner shares it, and it moves to the device of a call's
-    first argument. A plugin keeps it under a name that begins with an underscore: it is no state.
+    first argument. A plugin keeps it under a name that begins with an underscore: it is no state. `bf16` runs it under
+    autocast in bfloat16, whatever is around it, and `compile` by torch.compile.
     """
 
-    def __init__(self, make: Callable[[], nn.Module]):
-        self.make = make
+    def __init__(self, make: Callable[[], nn.Module], bf16: bool = False, compile: bool = False):
+        self.make, self.bf16, self.compile = make, bf16, compile
         self.network: nn.Module | None = None
         self.device = torch.device("cpu")
 
     def __call__(self, first: Tensor, *others: Any, **options: Any) -> Any:
         if self.network is None:
+            from vqzoo.networks import channels_last  # deferred, so that a plugin's import does not load timm
+
             with torch.random.fork_rng(devices=[]):  # a resumed run makes it at another step
-                self.network = self.make().eval().requires_grad_(False)
+                self.network = channels_last(self.make().eval().requires_grad_(False))
+            self._run = compiled(self.network) if self.compile else self.network
         if self.device != first.device:
             self.network.to(first.device)
             self.device = first.device
-        return self.network(first, *others, **options)
+        with torch.autocast(first.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            return self._run(first, *others, **options)
 
     def __deepcopy__(self, memo: dict) -> "Frozen":
         return self
 
     def __reduce__(self) -> tuple:
-        return Frozen, (self.make,)
+        return Frozen, (self.make, self.bf16, self.compile)
+
+
+def compiled(network: nn.Module) -> Callable:
+    """Return what torch.compile makes of a network, for each size of its input by itself; state_dicts do not change."""
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False  # an adaptive weight goes backward through a graph that is needed again
+    return torch.compile(network, dynamic=False)

@@ -54,6 +54,7 @@ class Encoder(nn.Module):
         self.feature, channels = _take_feature(self.model, name, stride)
         if batch_norm == "sync":
             self.model = convert_sync_batchnorm(self.model)
+        channels_last(self.model)
         if checkpointing:
             _checkpoint_gradients(self.model, name)
         self.head = nn.Conv2d(channels, width, 1)
@@ -185,6 +186,13 @@ def normalisation(model: nn.Module) -> dict[str, Tensor]:
     """Return the mean and the std [3, 1, 1] of the images that a timm model was made for."""
     config = model.pretrained_cfg
     return {key: torch.tensor(config.get(key) or (0.5,) * 3).view(3, 1, 1) for key in ("mean", "std")}
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """Give a network's convolutions the layout that they prefer, where no GroupNorm would turn each of its maps back."""
+    if not any(isinstance(module, nn.GroupNorm) for module in network.modules()):
+        network.to(memory_format=torch.channels_last)
+    return network
 
 
 def _brief(error: Exception) -> str:

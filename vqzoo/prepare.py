@@ -33,6 +33,8 @@ class Prepared:
 def prepare(recipe: Recipe) -> Prepared:
     """Open the data and build the networks of a recipe; a UserError names whatever could not work."""
     accelerator = make_accelerator(recipe)
+    if recipe.compile:
+        check_compiler(accelerator.device)
     train, val = make_dataset(recipe.data, "train"), make_dataset(recipe.data, "val")
     steps = epoch_length(recipe, train)
     train_batches(recipe.data, train, recipe.seed, 0, 0, accelerator.num_processes, recipe.accumulate).close()
@@ -153,6 +155,17 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[ddp], cpu=not torch.cuda.is_available())
     accelerator.gradient_accumulation_steps = 1  # the recipe's `accumulate` counts, not the launcher's environment
     return accelerator
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a trifle; a UserError where torch.compile finds no compiler or no Python of its own."""
+    try:
+        torch.compile(lambda x: (x * 2).sin())(torch.ones(4, device=device))
+    except Exception as error:  # each of its parts fails in its own way
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        needs = "Triton" if device.type == "cuda" else "a C++ compiler and Python's headers"
+        raise UserError(f"compile: torch.compile does not work here: {lines[0]}; it needs {needs}; or set "
+                        "compile=false") from error
 
 
 def epoch_length(recipe: Recipe, dataset: Any) -> int:

@@ -100,6 +100,7 @@ class Recipe:
     epoch_steps: int | None = None
     accumulate: int = 1
     precision: str = "no"
+    compile: bool = False
     ema: float = 0.999
     init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)

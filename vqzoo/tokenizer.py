@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vqzoo.codebook import Codebook
 from vqzoo.errors import PluginError, UserError, suggestion
+from vqzoo.features import compiled
 from vqzoo.hookspecs import ONCE
 from vqzoo.manager import Hooks, find, make_manager
 from vqzoo.networks import Encoder, make_decoder
@@ -73,6 +74,7 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig, serve: Iterable[str] = INFERENCE):
         super().__init__()
         self.config = config
+        self._compiled: dict[str, Callable] = {}
         try:
             self.plugins = nn.ModuleDict({name: make_plugin(name, c) for name, c in config.plugins.items()})
         except KeyError as error:
@@ -194,12 +196,20 @@ class Tokenizer(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        # Bound hooks can be neither copied nor pickled, and a copy must call its own plugins.
-        return {key: value for key, value in self.__dict__.items() if key != "hooks"}
+        # Bound hooks can be neither copied nor pickled, and a copy must call its own plugins and networks.
+        return {**{key: value for key, value in self.__dict__.items() if key != "hooks"}, "_compiled": {}}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._wire(*self._wiring)
+
+    def compile_networks(self) -> None:
+        """Compile encoder and decoder for training; in evaluation they run as they are, on images of any size."""
+        # Beside the modules and not in their place, which would give every tensor of a checkpoint another name.
+        self._compiled = {name: compiled(getattr(self, name)) for name in ("encoder", "decoder")}
+
+    def _network(self, name: str) -> Callable:
+        return self._compiled[name] if self.training and self._compiled else getattr(self, name)
 
     # ---- the path from images to images
 
@@ -208,12 +218,12 @@ class Tokenizer(nn.Module):
         with self.codebook.one_forward():
             latents, grid = self.latents(images)
             quantized, seen, losses = self._quantize(latents, grid, progress)
-        reconstructions = self.decoder(_to_map(seen, grid)).float()
+        reconstructions = self._network("decoder")(_to_map(seen, grid)).float()
         return Output(reconstructions, latents, quantized.codes, quantized.indices, quantized.extras, losses)
 
     def latents(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Return the encoder's latents [B, N, D] in float32 and their grid (h, w)."""
-        latents = self.encoder(images)
+        latents = self._network("encoder")(images)
         return latents.flatten(2).transpose(1, 2).float(), (latents.shape[2], latents.shape[3])
 
     def _quantize(self, latents: Tensor, grid: tuple[int, int], progress: Progress | None):

@@ -1,7 +1,6 @@
 """The trainer: one loop, in order. It asks hooks wherever a method could differ, and decides nothing about codebooks."""
 
 import hashlib
-import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,11 +22,14 @@ from vqzoo.ops import all_reduce_sum, code_usage, gather_names, gather_rows, per
 from vqzoo.plugin import Progress
 from vqzoo.prepare import enter, prepare
 from vqzoo.recipe import Recipe, changes, load_recipe, to_yaml, versions
-from vqzoo.stage import Moments, flat, longest, make_optimizer, nested, set_learning_rate, take_moments
-from vqzoo.tokenizer import Output
+from vqzoo.stage import Guard, Moments, flat, longest, make_optimizer, nested, set_learning_rate, take_moments
+from vqzoo.tokenizer import Output, Tokenizer
 
 MOST_SKIPPED = 50
 """Optimizer steps in a row that the fp16 scaler may skip before the run stops."""
+
+ASYNCHRONOUS = ("cuda",)
+"""Kinds of device for which the host must not wait within a step."""
 
 
 @dataclass
@@ -70,12 +72,24 @@ class Trainer:
         self.discriminator_parameters = [parameter for parameter in judges if parameter.requires_grad]
         self.ema = deepcopy(self.tokenizer).eval().requires_grad_(False) if recipe.ema else self.tokenizer
         self.code_ages = torch.zeros(self.tokenizer.codebook.size, dtype=torch.int64, device=self.device)
+        # accelerate's gradient scaler must itself read on the host whether it skips, and would not see a fused step skip
+        self.fused = recipe.precision != "fp16"
+        self.guard = Guard(self.device, deferred=self.fused and self.device.type in ASYNCHRONOUS)
+        self._compile()
         self.saved = saved
         if saved:
             self._restore(saved)
         self.fixed = self._fixed_images()
         self.train_batches = self._training_stream()
         self._claim_folder()
+
+    def _compile(self) -> None:
+        """Have the networks compiled when they first train, if the recipe wants it; hooks and averages stay as they are."""
+        if not self.recipe.compile:
+            return
+        self.tokenizer.compile_networks()
+        if self.discriminator is not None:
+            self.discriminator.compile(dynamic=False)
 
     def _find_checkpoint(self, resume: bool) -> Path | None:
         """Return the checkpoint to continue from; a UserError if the folder cannot be this run's."""
@@ -197,22 +211,24 @@ class Trainer:
             stream.close()
 
     def _make_optimizers(self) -> None:
-        recipe, prepare = self.recipe, self.accelerator.prepare
-        self.optimizer = make_optimizer(self.tokenizer, recipe.optim, self.moments)
-        self.model, self.optimizer = prepare(self.tokenizer, self.optimizer)
+        recipe = self.recipe
+        optimizer = make_optimizer(self.tokenizer, recipe.optim, self.moments, self.fused)
+        self.model, self.optimizer = self._prepared(self.tokenizer, optimizer)
         # Autocast belongs to the training step alone: evaluation and drift are measured in float32.
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.train()
         if self.discriminator is not None:
             self._train_discriminator(True)
             self.discriminator.train()
-            self.discriminator_optimizer = make_optimizer(
-                self.discriminator, recipe.discriminator_optim, self.discriminator_moments
-            )
-            self.discriminator_model, self.discriminator_optimizer = prepare(
-                self.discriminator, self.discriminator_optimizer
-            )
+            optimizer = make_optimizer(self.discriminator, recipe.discriminator_optim, self.discriminator_moments, self.fused)
+            self.discriminator_model, self.discriminator_optimizer = self._prepared(self.discriminator, optimizer)
             self.accelerator.unwrap_model(self.discriminator_model, keep_fp32_wrapper=False)  # plugins switch autocast off
+
+    def _prepared(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Return a module and its optimizer as accelerate runs them; the optimizer's state is in its place already."""
+        if self.guard.deferred:
+            optimizer.found_inf = self.guard.stopped
+        return self.accelerator.prepare(module, optimizer, device_placement=[True, False])
 
     def _train_discriminator(self, mode: bool) -> None:
         """Let the discriminator take gradients or not; what its plugin froze stays frozen."""
@@ -273,6 +289,8 @@ class Trainer:
         if self.discriminator is not None and self.tokenizer.hooks.providers("discriminator_loss"):
             losses = merge_losses(losses, self._discriminator_step(images, outputs, progress))
         self._add_losses(losses)
+        if ends_epoch or (counters.step + 1) % recipe.log.steps == 0:
+            self.guard.check()
         with torch.no_grad():
             self._update_ema()
             self._refresh(outputs, progress)
@@ -328,13 +346,14 @@ class Trainer:
     def _apply(self, optimizer: Any, module: nn.Module, clip: float | None, losses: dict[str, Tensor]) -> bool:
         """Clip and step unless anything is not finite; False if the fp16 scaler skipped the step."""
         self.accelerator.unscale_gradients(optimizer)
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
-        finite = torch.stack([torch.isfinite(value).all() for value in losses.values()]).all()
-        if self.recipe.precision != "fp16":
-            finite = finite & torch.isfinite(norm)
-        if all_reduce_sum((~finite).float()) > 0:
-            raise NonFiniteError(self._what_is_not_finite(module, losses))
+        named = {name: p for name, p in module.named_parameters() if p.grad is not None}
+        norms = torch._foreach_norm([p.grad for p in named.values()])
+        if clip is not None:
+            nn.utils.clip_grads_with_norm_(named.values(), clip, torch.linalg.vector_norm(torch.stack(norms)))
+        judged = {} if self.recipe.precision == "fp16" else dict(zip(named, norms, strict=True))
+        where = f"step {self.counters.step} (epoch {self.counters.epoch}, stage {self.stage!r})"
+        spared = "nothing" if module is self.tokenizer else "the discriminator was not updated, the tokenizer"
+        self.guard.judge(where, losses, judged, f"{spared} was updated")
         optimizer.step()
         skipped = optimizer.step_was_skipped
         optimizer.zero_grad()
@@ -347,15 +366,6 @@ class Trainer:
         if in_a_row > MOST_SKIPPED:
             raise NonFiniteError(f"step {self.counters.step}: the fp16 scaler skipped {MOST_SKIPPED} steps in a row "
                                  f"({counter}); gradients overflow at any scale: lower the learning rate or use bf16")
-
-    def _what_is_not_finite(self, module: nn.Module, losses: dict[str, Tensor]) -> str:
-        terms = [f"loss {name!r}" for name, value in losses.items() if not torch.isfinite(value).all()]
-        if not terms:
-            terms = [f"gradient of {name}" for name, p in module.named_parameters()
-                     if p.grad is not None and not torch.isfinite(p.grad).all()][:3]
-        where = f"step {self.counters.step} (epoch {self.counters.epoch}, stage {self.stage!r})"
-        spared = "nothing" if module is self.tokenizer else "the discriminator was not updated, the tokenizer"
-        return f"{where}: {', '.join(terms) or 'a value on another process'} is not finite; {spared} was updated"
 
     def _check_every_parameter_has_a_gradient(self, module: nn.Module) -> None:
         if module in self._checked_gradients:
@@ -383,8 +393,18 @@ class Trainer:
         if self.ema is self.tokenizer:
             return
         decay = min(self.recipe.ema, (1 + self.counters.step) / (10 + self.counters.step))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.tokenizer.parameters()), 1 - decay)
-        self._copy_buffers()
+        # A step of SGD on |average - weights|²/2: as fast as a lerp, and unlike that it can stop on the device.
+        torch._fused_sgd_(
+            list(self.ema.parameters()), list(self.tokenizer.parameters()), [], lr=1 - decay, weight_decay=1.0, maximize=True,
+            momentum=0.0, dampening=0.0, nesterov=False, is_first_step=False, found_inf=self.guard.stopped,
+        )
+
+    @torch.no_grad()
+    def _averaged(self) -> Tokenizer:
+        """Return the tokenizer of averaged weights, with the buffers as they are now."""
+        if self.ema is not self.tokenizer:
+            torch._foreach_copy_(list(self.ema.buffers()), list(self.tokenizer.buffers()))
+        return self.ema
 
     # ---- the codebook outside gradient descent
 
@@ -399,16 +419,25 @@ class Trainer:
         if progress.ends_epoch:
             progress = replace(progress, means=MappingProxyType(self._means(self.epoch_losses, self.steps_per_epoch)))
         asked = {name: hooks.asks_for("refresh_codes", name) for name in ("latents", "indices", "extras")}
-        replaced = hooks.refresh_codes(
-            codebook=codebook,
-            latents=_joined([o.latents for o in outputs]) if asked["latents"] else None,
-            indices=_joined([o.indices for o in outputs]) if asked["indices"] and counts is not None else None,
-            counts=counts, epoch_counts=self.epoch_counts,
-            extras={k: torch.cat([o.extras[k] for o in outputs]) for k in outputs[0].extras} if asked["extras"] else {},
-            progress=progress, generator=self._generator(2),
-        )
-        self.replaced += sum(int(number or 0) for number in replaced)
-        self._follow_replaced()
+        with self.guard.held(self._refreshed()):
+            replaced = hooks.refresh_codes(
+                codebook=codebook,
+                latents=_joined([o.latents for o in outputs]) if asked["latents"] else None,
+                indices=_joined([o.indices for o in outputs]) if asked["indices"] and counts is not None else None,
+                counts=counts, epoch_counts=self.epoch_counts,
+                extras={k: torch.cat([o.extras[k] for o in outputs]) for k in outputs[0].extras} if asked["extras"] else {},
+                progress=progress, generator=self._generator(2),
+            )
+            self._follow_replaced()
+        self.replaced = sum((number for number in replaced if number is not None), self.replaced)
+
+    def _refreshed(self) -> Iterator[Tensor]:
+        """Yield what a refresh may change: the codes, plugins' buffers, the rows' moments and averages."""
+        codebook, plugins = self.tokenizer.codebook, self.tokenizer.plugins
+        yield from (*codebook.parameters(), *codebook.buffers(), *plugins.buffers())
+        yield from self.ema.codebook.parameters() if self.ema is not self.tokenizer else ()
+        for parameter in codebook.row_parameters():
+            yield from (v for v in self.optimizer.optimizer.state.get(parameter, {}).values() if v.shape == parameter.shape)
 
     def _counts(self, outputs: list[Output]) -> Tensor | None:
         if outputs[0].indices is None:
@@ -416,26 +445,18 @@ class Trainer:
         return all_reduce_sum(sum(code_usage(o.indices, self.tokenizer.codebook.size) for o in outputs))
 
     def _follow_replaced(self) -> None:
-        """Clear the moments of overwritten rows and give the rows to the weight average; buffers follow as they are."""
+        """Clear the moments of overwritten rows and give the rows to the weight average."""
         codebook = self.tokenizer.codebook
         state = self.optimizer.optimizer.state
-        replaced = codebook.take_replaced()
-        for rows in (rows for rows, smooth in replaced if not smooth):
-            self.code_ages[rows] = 0
+        for rows in (rows for rows, smooth in codebook.take_replaced() if not smooth):
+            self.code_ages.index_fill_(0, rows, 0)
             for parameter in codebook.row_parameters():
                 for value in state.get(parameter, {}).values():
                     if value.shape == parameter.shape:
-                        value[rows] = 0
+                        value.index_fill_(0, rows, 0)
             if self.ema is not self.tokenizer and codebook.row_parameters():
                 self.ema.codebook.replace_(rows, codebook.vectors()[rows])
                 self.ema.codebook.take_replaced()
-        if replaced:
-            self._copy_buffers()
-
-    @torch.no_grad()
-    def _copy_buffers(self) -> None:
-        for mine, theirs in zip(self.ema.buffers(), self.tokenizer.buffers(), strict=True):
-            mine.copy_(theirs)
 
     def _generator(self, purpose: int) -> torch.Generator:
         """Make the generator of one hook call: a function of seed and step alone, so it is equal on every process."""
@@ -533,7 +554,7 @@ class Trainer:
         step, epoch = counters.step, counters.epoch + 1
         if self.epoch_counts.any():
             codes = {"usage": float(usage(self.epoch_counts)), "perplexity": float(perplexity(self.epoch_counts)),
-                     "replaced": self.replaced}
+                     "replaced": int(self.replaced)}
             self.monitor.scalars(codes, step, "codes")
             self.monitor.codes(self.epoch_counts, self.code_ages, step)
         if epoch % recipe.log.evaluate_epochs or epoch == recipe.epochs:  # after the last, all images are evaluated
@@ -546,7 +567,7 @@ class Trainer:
     def _evaluate(self, limit: int | None = None) -> tuple[dict[str, float], list[str]]:
         batches = eval_batches(self.recipe.data, self.val_data, self.accelerator.process_index,
                                self.accelerator.num_processes, limit)
-        return evaluate(self.ema, batches, self.device)
+        return evaluate(self._averaged(), batches, self.device)
 
     def _picture_before(self, names: list[str]) -> None:
         """Keep the pictures as they are when a loss joins: the adversarial one, above all.
@@ -559,6 +580,7 @@ class Trainer:
             self.pictures_before = {name: picture for name, picture in self.pictures_before.items() if name in names}
             counters.losses = []
         if joined:
+            self.guard.check()
             before = self._reconstructions()
             self.pictures_before |= {name: before for name in joined}
         counters.losses = list(dict.fromkeys([*counters.losses, *names]))
@@ -566,9 +588,9 @@ class Trainer:
     @torch.no_grad()
     def _reconstructions(self) -> Tensor:
         """Return what the averaged weights make of the pictured images."""
-        mode = self.ema.training
-        reconstructions = self.ema.eval()(self.pictured).reconstructions
-        self.ema.train(mode)
+        average, mode = self._averaged(), self.ema.training
+        reconstructions = average.eval()(self.pictured).reconstructions
+        average.train(mode)
         return reconstructions
 
     def _show_pictures(self) -> Tensor:
@@ -587,7 +609,7 @@ class Trainer:
             self._take_moments()
             tensors = {
                 "tokenizer": self.tokenizer.state_dict(),
-                "average": self.ema.state_dict(),
+                "average": self._averaged().state_dict(),
                 "optimizer": flat(self.moments),
                 "codes": {"age": self.code_ages},
                 "pictures_before": self.pictures_before,
@@ -644,7 +666,7 @@ class Trainer:
         if self.main:
             checkpoint.write_text(self.out / "metrics.json", to_json(result))
             save_picture(self._show_pictures(), self.out / "reconstructions.png")
-            self.ema.save_pretrained(self.out / "tokenizer")
+            self._averaged().save_pretrained(self.out / "tokenizer")
             for group in ("held_out", "final"):
                 self.monitor.scalars(metrics, counters.step, group)
         self.accelerator.wait_for_everyone()

@@ -10,6 +10,7 @@ from vqzoo.ops.adversarial import (
     lecam,
     mean_logit,
 )
+from vqzoo.ops.backends import use
 from vqzoo.ops.collective import all_reduce_sum, broadcast, gather_names, gather_rows
 from vqzoo.ops.embedding import embedding_losses, straight_through
 from vqzoo.ops.nearest import nearest_codes
@@ -36,4 +37,5 @@ __all__ = [
     "perplexity",
     "straight_through",
     "usage",
+    "use",
 ]

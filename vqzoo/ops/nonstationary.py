@@ -2,12 +2,14 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from vqzoo.ops.nearest import check_widths, exact_float32
+from vqzoo.ops.backends import check_widths, exact_float32, resolve, settle
 
-# Floats in one of the two buffers of rows x codes: near a cache's size on a CPU, many rows per launch on a GPU.
-BUDGETS = {"cpu": 2**21, "cuda": 2**25}
+TILES = {"cpu": (256, 2048), "cuda": (2048, 16384)}
+"""Latents and codes that are looked at together: what a CPU keeps close, what gives a GPU enough to do per launch."""
+
+MOST = 2**25
+"""Weights that are kept at a time, those of a tile of latents and all codes; where there are more, codes are read twice."""
 
 # Vectorised exp slows down several times where it underflows, and products of denormals slow the matrix product after
 # it: stop just before and write zeros instead.
@@ -15,79 +17,165 @@ LOWEST_EXPONENT = -80.0
 LOWEST_WEIGHT = 2e-35  # just above exp(LOWEST_EXPONENT)
 
 
-def nonstationary_loss(latents: Tensor, vectors: Tensor, indices: Tensor, temperature: float) -> Tensor:
+def nonstationary_loss(
+    latents: Tensor,
+    vectors: Tensor,
+    indices: Tensor,
+    temperature: float,
+    *,
+    skip: float = 0.0,
+    backend: str | None = None,
+    precision: str | None = None,
+) -> Tensor:
     """Return how far the codes that latents [M, D] did not choose are from them, weighted by nearness: a 0-dim loss.
 
     1/(M·D) Σ_i Σ_{j≠q_i} p_ij d_ij with d_ij = |z_i - c_j|² and p = softmax_j(-d_ij / temperature), a constant, over all
     of `vectors` [K, D]; `indices` [M] holds the winners q, whose share of p is dropped and not redistributed. The
-    gradient goes to `vectors` alone. The mean is over this process. Source: NSVQ, arXiv 2606.11363, eq. 9 and 10.
+    gradient goes to `vectors` alone, and has none itself. The mean is over this process. `skip` allows to leave tiles of codes
+    out that have at most that share of a latent's p between them, which reads the codes twice: it changes the loss by no more
+    than skip · max d / D and the gradient's sum of norms by no more than 2 · skip · max √d / D. See `use` for the other options;
+    precision "fast" shortens the products on a GPU. Source: NSVQ, arXiv 2606.11363, eq. 9 and 10.
     """
     check_widths(latents, vectors)
     if indices.shape != latents.shape[:1]:
         raise ValueError(f"indices must be [M] = [{len(latents)}], not {list(indices.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    if not torch.is_grad_enabled():
-        vectors = vectors.detach()  # autograd.Function would report that a gradient is needed
-    return _Nonstationary.apply(vectors, latents.detach(), indices.detach(), temperature)
+    if not 0 <= skip < 1:
+        raise ValueError(f"skip must be a share of at least 0 and below 1, not {skip}")
+    differentiate = vectors.requires_grad and torch.is_grad_enabled()
+    return _nonstationary(
+        latents.detach(), vectors, indices.detach(), float(temperature), float(skip), *settle(backend, precision), differentiate
+    )[0]
 
 
-class _Nonstationary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, vectors: Tensor, latents: Tensor, indices: Tensor, temperature: float) -> Tensor:
-        with exact_float32(latents.device):
-            loss, gradient = _stream(latents, vectors.float(), indices, temperature, ctx.needs_input_grad[0])
-        if gradient is not None:
-            ctx.save_for_backward(gradient.to(vectors.dtype))
-        return loss
+@torch.library.custom_op("vqzoo::nonstationary_loss", mutates_args=())
+def _nonstationary(
+    latents: Tensor, vectors: Tensor, indices: Tensor, temperature: float, skip: float, backend: str, exact: bool,
+    differentiate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and its gradient [K, D], which is empty unless asked for."""
+    backend = resolve(backend, latents.device, len(latents), *vectors.shape)
+    with exact_float32(latents.device):
+        codes = vectors.detach().float()
+        if backend == "triton":
+            from vqzoo.ops import kernels
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, scale: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return gradient * scale, None, None, None
+            loss, gradient = kernels.nonstationary(latents.float(), codes, indices, temperature, differentiate, skip, exact)
+        elif backend == "eager":
+            loss, gradient = _eager(latents, codes, indices, temperature, differentiate)
+        else:
+            loss, gradient = _chunked(latents, codes, indices, temperature, differentiate, skip)
+    return loss, vectors.new_empty(0) if gradient is None else gradient.to(vectors.dtype)
 
 
-def _stream(latents: Tensor, vectors: Tensor, indices: Tensor, temperature: float, differentiate: bool):
-    """Return the loss [] and, if asked for, its gradient to vectors [K, D], one chunk of latents at a time.
+@_nonstationary.register_fake
+def _(latents, vectors, indices, temperature, skip, backend, exact, differentiate):
+    return latents.new_empty((), dtype=torch.float32), vectors.new_empty(vectors.shape if differentiate else (0,))
+
+
+def _keep_gradient(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, scale: Tensor, _):
+    (gradient,) = ctx.saved_tensors
+    return None, gradient * scale, None, None, None, None, None, None
+
+
+_nonstationary.register_autograd(_backward, setup_context=_keep_gradient)
+
+
+def _eager(latents: Tensor, vectors: Tensor, indices: Tensor, temperature: float, differentiate: bool):
+    """Do it by the plain formula, in float64 and M·K·D memory."""
+    latents, vectors = latents.double(), vectors.double()
+    distances = (vectors - latents[:, None]).square().sum(2)
+    weights = torch.softmax(distances / -temperature, 1).scatter(1, indices[:, None].long(), 0.0)
+    elements = max(1, latents.numel())
+    loss = (weights * distances).sum().float() / elements
+    if not differentiate:
+        return loss, None
+    return loss, (vectors * weights.sum(0)[:, None] - weights.t() @ latents).mul_(2 / elements).float()
+
+
+def _chunked(latents: Tensor, vectors: Tensor, indices: Tensor, temperature: float, differentiate: bool, skip: float):
+    """Return the loss [] and, if asked for, its gradient to vectors [K, D], one tile of latents at a time.
 
     With P the weights p without the winners': gradient = 2/(M·D) (diag(Pᵀ1) C - Pᵀ Z).
     """
-    (count, width), size = latents.shape, len(vectors)
-    mean = vectors.mean(0)
-    centred = vectors - mean  # distances are the same, and keep more digits
-    norms = centred.square().sum(1)
-    masses, pulls = centred.new_zeros(size), torch.zeros_like(centred) if differentiate else None
-    budget = BUDGETS.get(latents.device.type, BUDGETS["cpu"])
-    rows = max(1, min(count, budget // size))
-    buffers = centred.new_empty(2, rows, size)
-    losses = []
-    for tile, winners in zip(latents.split(rows), indices.split(rows), strict=True):
-        tile = tile.float() - mean
-        scores, weights = buffers[:, : len(tile)]
-        torch.addmm(norms, tile, centred.t(), alpha=-2, out=scores)
-        loss, total = _weigh(scores, weights, tile.square().sum(1), winners, temperature)
-        losses.append(loss)
-        if differentiate:
-            masses.addmv_(weights.t(), 1 / total)
-            pulls.addmm_(weights.t(), tile / total[:, None])
-    elements = max(1, count * width)
-    loss = torch.cat(losses).sum() / elements
-    return loss, (centred * masses[:, None]).sub_(pulls).mul_(2 / elements) if differentiate else None
+    mean = vectors.mean(0)  # distances from it are the same, and keep more digits
+    if not len(latents):
+        return vectors.new_zeros(()), torch.zeros_like(vectors) if differentiate else None
+    sums = _Sums(vectors - mean, len(latents), temperature, differentiate, skip)
+    tiles = zip(latents.split(sums.rows), indices.split(sums.rows), strict=True)
+    losses = [sums.add(tile.float() - mean, winners.long()[:, None]) for tile, winners in tiles]
+    elements = latents.numel()
+    loss = (torch.cat(losses).double().sum() / elements).float()
+    return loss, sums.gradient().mul_(2 / elements) if differentiate else None
 
 
-def _weigh(scores: Tensor, weights: Tensor, squares: Tensor, winners: Tensor, temperature: float):
-    """Fill `weights` [n, K] with softmax numerators, zero for winners; return losses [n] and denominators [n].
+class _Sums:
+    """Add up, over tiles of latents, what the gradient needs: each code's weight [K] and weighted latents [K, D].
 
-    `scores` [n, K], which is overwritten, holds |c|² - 2 z·c and `squares` [n] the missing |z|².
+    A tile of codes has weights relative to its own nearest code, so that they need not be touched again when the sum over
+    all codes is known: what scales them is multiplied to the latents.
     """
-    lowest = scores.amin(1)
-    scores.sub_(lowest[:, None])
-    torch.mul(scores, -1 / temperature, out=weights).clamp_(min=LOWEST_EXPONENT).exp_()
-    torch.threshold_(weights, LOWEST_WEIGHT, 0.0)
-    winners = winners[:, None].long()
-    own = weights.gather(1, winners)[:, 0]
-    others = weights.scatter_(1, winners, 0.0).sum(1)  # not 1 - p of the winner, which cancels
-    total = others + own
-    nearest = (lowest + squares).clamp_(min=0)
-    return (scores.mul_(weights).sum(1) + nearest * others) / total, total
+
+    def __init__(self, vectors: Tensor, count: int, temperature: float, differentiate: bool, skip: float):
+        size = len(vectors)
+        rows, columns = TILES.get(vectors.device.type, TILES["cpu"])
+        self.rows, columns = max(1, min(rows, count)), min(columns, size)
+        self.vectors, self.temperature, self.differentiate, self.skip = vectors, temperature, differentiate, skip
+        self.bias = vectors.square().sum(1).div_(-temperature)
+        self.masses = vectors.new_zeros(size)
+        self.pulls = torch.zeros_like(vectors) if differentiate else None
+        self.parts = [slice(start, min(start + columns, size)) for start in range(0, size, columns)]
+        self.keep = differentiate and self.rows * columns * len(self.parts) <= MOST
+        self.scores = vectors.new_empty(self.rows * columns)
+        self.kept = vectors.new_empty(len(self.parts) if self.keep else 1, self.rows * columns)
+
+    def add(self, latents: Tensor, winners: Tensor) -> Tensor:
+        """Take in latents [n, D], centred as the codes are, with their winners [n, 1]; return their losses [n]."""
+        found = [self.tile(number, latents, winners) for number in range(len(self.parts))]
+        tops, sums, owns, products = (torch.stack(part, 1) for part in zip(*found, strict=True))  # [n, tiles]
+        scale = (tops - tops.amax(1, keepdim=True)).exp_()
+        scale /= ((sums + owns) * scale).sum(1, keepdim=True)
+        taken = (sums * scale).amax(0) > self.skip / len(self.parts)
+        scale *= taken
+        for number in taken.nonzero().flatten().tolist() if self.differentiate else ():
+            if not self.keep:
+                self.tile(number, latents, winners, tops[:, number])
+            codes, weights = self.parts[number], self.weights(number, len(latents))
+            self.masses[codes].addmv_(weights.t(), scale[:, number])
+            self.pulls[codes].addmm_(weights.t(), latents * scale[:, number, None])
+        nearest = (latents.square().sum(1, keepdim=True) - self.temperature * tops).clamp_(min=0)
+        return ((nearest * sums - self.temperature * products) * scale).sum(1)
+
+    def tile(self, number: int, latents: Tensor, winners: Tensor, top: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Weigh one tile of codes: return for each latent the highest logit, Σ w, the winner's w, and Σ w·(logit - highest).
+
+        The logit is (2 z·c - |c|²) / temperature, since |z|² is the same for every code; w = exp(logit - highest), but zero
+        for the winner, since 1 - p of the winner would cancel.
+        """
+        codes, weights = self.parts[number], self.weights(number, len(latents))
+        logits = self.scores[: weights.numel()].view(weights.shape)
+        torch.addmm(self.bias[codes], latents, self.vectors[codes].t(), alpha=2 / self.temperature, out=logits)
+        top = logits.amax(1) if top is None else top
+        logits.sub_(top[:, None])
+        torch.clamp(logits, min=LOWEST_EXPONENT, out=weights).exp_()
+        torch.threshold_(weights, LOWEST_WEIGHT, 0.0)
+        place = (winners - codes.start).clamp(0, weights.shape[1] - 1)
+        here, own = place == winners - codes.start, weights.gather(1, place)
+        weights.scatter_(1, place, own.masked_fill(here, 0.0))
+        return top, weights.sum(1), own.masked_fill(~here, 0.0)[:, 0], logits.mul_(weights).sum(1)
+
+    def weights(self, number: int, count: int) -> Tensor:
+        """Return the buffer [n, k] of a tile's weights."""
+        codes = self.parts[number]
+        width = codes.stop - codes.start
+        return self.kept[number if self.keep else 0, : count * width].view(count, width)
+
+    def gradient(self) -> Tensor:
+        """Return diag(Pᵀ1) C - Pᵀ Z [K, D]; the codes are overwritten."""
+        return self.vectors.mul_(self.masses[:, None]).sub_(self.pulls)
