@@ -11,6 +11,7 @@ import torch.multiprocessing
 
 from vqzoo.ops import (
     all_reduce_sum,
+    backends,
     broadcast,
     code_usage,
     gather_names,
@@ -18,11 +19,15 @@ from vqzoo.ops import (
     nearest_codes,
     nonstationary_loss,
     perplexity,
+    plan,
+    search_disagreement,
     usage,
+    use,
 )
-from vqzoo.ops import backends, use
 from vqzoo.ops import nearest as nearest_module
 from vqzoo.ops import nonstationary as nonstationary_module
+
+ONCE = pytest.mark.parametrize("backend", ["chunked"], indirect=True)
 
 
 @pytest.fixture(params=["eager", "chunked"], autouse=True)
@@ -355,6 +360,7 @@ print(middle - start, peak() - start)
 """
 
 
+@ONCE
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_stays_far_below_all_pairs():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
@@ -417,8 +423,91 @@ def work(rank, port):
     torch.distributed.destroy_process_group()
 
 
+@ONCE
 def test_collectives_over_two_processes():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(work, (port,), nprocs=2)
+
+
+# backends
+
+
+@pytest.mark.parametrize("kind", ["gauss", "initial", "offset", "sphere", "trained", "repeated"])
+@pytest.mark.parametrize(("count", "size", "width"), [(150, 3001, 8), (90, 700, 64), (40, 20000, 5)])
+def test_the_nearest_code_is_float64s_on_every_distribution(kind, count, size, width):
+    latents, vectors = clouds(kind, count, size, width)
+    if kind == "trained":
+        latents = vectors[torch.arange(count) * 3] + 0.3 * latents * width**-0.5
+    if kind == "repeated":
+        vectors = vectors[torch.arange(size) % (size // 3)]
+        latents = vectors[torch.arange(count)] + 1e-3 * latents
+    exact = torch.cat([(z - vectors.double()).square().sum(1).argmin()[None] for z in latents.double()])
+    assert torch.equal(nearest_codes(latents, vectors)[0], exact)
+
+
+def test_fast_searches_say_how_often_they_differ():
+    latents, vectors = clouds("initial", 200, 5000, 16)
+    assert 0 <= search_disagreement(latents, vectors) < 0.05
+    first = torch.tensor([[1.0, 0.0]]).repeat(300, 1)
+    assert search_disagreement(first + 1, first) in (0.0, 1.0)  # equal codes: any of them is as near
+
+
+def test_a_backend_is_chosen_by_size_and_device():
+    assert backends.resolve("auto", torch.device("cpu"), 4, 8, 16, 512) == "eager"
+    assert backends.resolve("auto", torch.device("cpu"), 4096, 8192, 64, 512) == "chunked"
+    assert backends.resolve("eager", torch.device("cpu"), 4096, 8192, 64, 512) == "eager"
+    with pytest.raises(ValueError, match="backend: 'triton' cannot work on cpu: .*choose auto or chunked"):
+        backends.resolve("triton", torch.device("cpu"), 4, 8, 16, 512)
+
+
+def test_defaults_hold_inside_a_block_and_a_call_may_differ(monkeypatch, backend):
+    assert backends.settle(None, None) == (backend, True)
+    with pytest.raises(RuntimeError), use("auto", "fast"):
+        assert backends.settle(None, None) == ("auto", False)
+        assert backends.settle("chunked", "exact") == ("chunked", True)
+        raise RuntimeError
+    assert backends.settle(None, None) == (backend, True)
+
+
+@pytest.mark.parametrize(("options", "named"), [({"backend": "chunky"}, "chunked"), ({"precision": "exakt"}, "exact")])
+def test_unknown_options_are_refused_with_the_nearest(options, named):
+    with pytest.raises(ValueError, match=named):
+        nearest_codes(normal(3, 2), normal(4, 2), **options)
+    with pytest.raises(ValueError, match=named), use(**options):
+        pass
+
+
+@pytest.mark.parametrize("sizes", [(16384, 65536, 128), (8192, 1024, 64), (4, 8, 16)])
+def test_the_plan_names_backends_and_memory(sizes):
+    with use():
+        search, loss = plan(torch.device("cpu"), *sizes)
+    assert (search.operation, loss.operation) == ("nearest_codes", "nonstationary_loss")
+    assert search.backend == loss.backend == ("eager" if sizes[1] == 8 else "chunked")
+    assert 0 < search.bytes < 128e6 and 0 < loss.bytes < 300e6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_keep_torchs_contract(dtype, backend):
+    latents, vectors = normal(9, 4).to(dtype), normal(20, 4, seed=1).to(dtype).requires_grad_()
+    torch.library.opcheck(nearest_module._nearest_codes, (latents, vectors.detach(), backend, True))
+    for differentiate in (True, False):
+        codes = vectors if differentiate else vectors.detach()
+        arguments = (latents, codes, torch.arange(9), 0.35, 0.0, backend, True, differentiate)
+        torch.library.opcheck(nonstationary_module._nonstationary, arguments)
+
+
+def test_operations_compile_without_a_break(backend):
+    def step(latents, weight):
+        vectors = weight * 2
+        indices, distances = nearest_codes(latents, vectors)
+        return nonstationary_loss(latents, vectors, indices, 0.35), indices, distances
+
+    latents, weight = normal(33, 5), normal(70, 5, seed=1).requires_grad_()
+    wanted = step(latents, weight)
+    (gradient,) = torch.autograd.grad(wanted[0], weight)
+    found = torch.compile(step, backend="aot_eager", fullgraph=True)(latents, weight)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(torch.autograd.grad(found[0], weight)[0], gradient)

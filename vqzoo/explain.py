@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vqzoo.manager import all_hooks, make_manager
+from vqzoo.ops import plan, use
 from vqzoo.plugin import Progress
-from vqzoo.prepare import enter, prepare
+from vqzoo.prepare import Prepared, enter, prepare, tokens
 from vqzoo.recipe import Recipe
 from vqzoo.tokenizer import Tokenizer
 
@@ -38,10 +39,23 @@ def explain(recipe: Recipe) -> str:
         f"parameters  encoder {_parameters(tokenizer.encoder)}, decoder {_parameters(tokenizer.decoder)}, "
         f"codebook {_parameters(codebook)}",
         f"schedule    {recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images",
+        *_operations(recipe, ready),
         f"memory      {_gib(memory.states)} weights, gradients, moments and average + {_gib(memory.activations)} activations "
         "per process, without losses' and discriminators' own",
     ]
     return "\n".join(lines + [line for number in range(len(recipe.stages)) for line in _stage(tokenizer, recipe, number)])
+
+
+def _operations(recipe: Recipe, ready: Prepared) -> list[str]:
+    """Say what would do the work of the operations on codes, and in how much memory beside inputs and results."""
+    count, codebook = tokens(recipe, ready.accelerator), ready.tokenizer.codebook
+    with use(recipe.ops.backend, recipe.ops.precision):
+        plans = plan(ready.accelerator.device, count, codebook.size, codebook.width)
+    found = "; ".join(f"{one.operation} {one.backend}, {one.bytes / 2**20:,.0f} MiB" for one in plans)
+    lines = [f"operations  of {count:,} latents and {codebook.size:,} codes, where plugins use them: {found}"]
+    if recipe.ops.precision == "fast":
+        lines.append("            fast: a search may miss the nearest code; a run shows how often, as search_disagreement")
+    return lines
 
 
 def _stage(tokenizer: Tokenizer, recipe: Recipe, number: int) -> list[str]:

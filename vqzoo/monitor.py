@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from vqzoo.codebook import Codebook
 from vqzoo.metrics import to_bytes
-from vqzoo.ops import code_usage, nearest_codes
+from vqzoo.ops import code_usage, nearest_codes, search_disagreement
+from vqzoo.ops.backends import settle
 from vqzoo.tokenizer import Tokenizer
 
 MOST_CODES = 4096
@@ -27,6 +28,7 @@ class Drift:
     their code (arXiv 2606.11363, eq. 7 and 19), both since the last call. usage_fixed is the share of codes that the images
     use. codebook_lag is the mean over codes of the Euclidean distance to the nearest latent, codebook_lag_unused that of the
     codes that the images do not use. Lag has a meaning only where a latent is replaced by one code that could be overwritten.
+    Where searches are fast, search_disagreement is the share of tokens whose code is not the nearest.
     """
 
     def __init__(self, images: Tensor):
@@ -57,6 +59,8 @@ class Drift:
         found = {"usage_fixed": float(used.float().mean())}
         if indices.dim() == 2 and codebook.replaceable and latents.shape[2] == codebook.width:
             chosen = slice(None, None, -(-codebook.size // MOST_CODES))
+            if not settle(None, None)[1]:
+                found["search_disagreement"] = search_disagreement(latents.flatten(0, 1), codebook.vectors())
             distances = nearest_codes(codebook.vectors()[chosen], latents.flatten(0, 1))[1].sqrt()
             found["codebook_lag"] = float(distances.mean())
             if len(unused := distances[~used[chosen]]):

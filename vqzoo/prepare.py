@@ -11,6 +11,7 @@ from torch import nn
 from vqzoo.data import ImageDataset, StreamDataset, make_dataset, train_batches
 from vqzoo.errors import UserError, suggestion
 from vqzoo.hookspecs import ONCE
+from vqzoo.ops import plan, use
 from vqzoo.plugin import Progress
 from vqzoo.recipe import Recipe
 from vqzoo.stage import check_scale, stage_hooks
@@ -33,6 +34,12 @@ class Prepared:
 def prepare(recipe: Recipe) -> Prepared:
     """Open the data and build the networks of a recipe; a UserError names whatever could not work."""
     accelerator = make_accelerator(recipe)
+    with use(recipe.ops.backend, recipe.ops.precision):
+        return _prepare(recipe, accelerator)
+
+
+def _prepare(recipe: Recipe, accelerator: Accelerator) -> Prepared:
+    check_backend(recipe, accelerator)
     if recipe.compile:
         check_compiler(accelerator.device)
     train, val = make_dataset(recipe.data, "train"), make_dataset(recipe.data, "val")
@@ -155,6 +162,21 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[ddp], cpu=not torch.cuda.is_available())
     accelerator.gradient_accumulation_steps = 1  # the recipe's `accumulate` counts, not the launcher's environment
     return accelerator
+
+
+def check_backend(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Refuse a backend that the device or the codes' width rules out."""
+    try:
+        plan(accelerator.device, tokens(recipe, accelerator), recipe.codebook.size, recipe.codebook.width)
+    except ValueError as error:
+        raise UserError(f"ops.{error}") from error
+
+
+def tokens(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Return how many latents a process quantizes at a time."""
+    images = max(1, recipe.data.batch_size // (recipe.accumulate * accelerator.num_processes))
+    height, width = recipe.data.resolution
+    return images * max(1, height // recipe.encoder.stride) * max(1, width // recipe.encoder.stride)
 
 
 def check_compiler(device: torch.device) -> None:

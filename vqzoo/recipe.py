@@ -20,11 +20,12 @@ from yaml import YAMLError
 from vqzoo.data import DataConfig
 from vqzoo.errors import UserError, suggestion
 from vqzoo.manager import find
+from vqzoo.ops import BACKENDS, PRECISIONS
 
 PLAIN = re.compile(r"\$\{[^${}:]*\}")
 """An interpolation that names another key, as opposed to a resolver, `${name:...}`."""
 
-HARMLESS = ("log", "checkpoint", "data.workers", "data.eval_batch_size", "versions")
+HARMLESS = ("log", "checkpoint", "data.workers", "data.eval_batch_size", "ops.backend", "versions")
 """The keys whose change does not alter what a run trains."""
 
 
@@ -86,6 +87,14 @@ class LogConfig:
 
 
 @dataclass
+class OpsConfig:
+    """What does the operations' work (auto, chunked, eager or triton) and whether exactly or fast: see vqzoo.ops.use."""
+
+    backend: str = "auto"
+    precision: str = "exact"
+
+
+@dataclass
 class CheckpointConfig:
     epochs: int = 1
     keep: int = 2
@@ -107,6 +116,7 @@ class Recipe:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
     plugins: dict[str, Any] = field(default_factory=dict)
     hooks: dict[str, list[str]] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -377,6 +387,9 @@ def _check_values(recipe: Recipe) -> None:
         refuse("ema", recipe.ema, "it must be in [0, 1); 0 switches it off")
     if recipe.precision not in ("no", "bf16", "fp16"):
         refuse("precision", recipe.precision, suggestion(recipe.precision, ("no", "bf16", "fp16")))
+    for key, choices in (("backend", BACKENDS), ("precision", PRECISIONS)):
+        if (value := getattr(recipe.ops, key)) not in choices:
+            refuse(f"ops.{key}", value, suggestion(value, choices))
     for key, optim in (("optim", recipe.optim), ("discriminator_optim", recipe.discriminator_optim)):
         _check_optim(optim, key, refuse)
     _check_stages(recipe, refuse)

@@ -18,7 +18,7 @@ from vqzoo.data import Batch, eval_batches, to_images, train_batches
 from vqzoo.errors import NonFiniteError, PluginError, UserError
 from vqzoo.metrics import card, evaluate, hardware, to_json
 from vqzoo.monitor import Drift, Monitor, memory, panel, save_picture
-from vqzoo.ops import all_reduce_sum, code_usage, gather_names, gather_rows, perplexity, usage
+from vqzoo.ops import all_reduce_sum, code_usage, gather_names, gather_rows, perplexity, usage, use
 from vqzoo.plugin import Progress
 from vqzoo.prepare import enter, prepare
 from vqzoo.recipe import Recipe, changes, load_recipe, to_yaml, versions
@@ -147,21 +147,26 @@ class Trainer:
         self.monitor = Monitor(self.out / "tensorboard", self.steps, self.counters.step, self.saved is not None, self.main)
         self.began = time.monotonic() - self.counters.seconds
         try:
-            self.monitor.text("recipe", to_yaml(self.recipe))
-            if self.resume and not self.saved:
-                self.monitor.say(f"{self.out} holds no checkpoint to resume from: starting afresh")
-            if self.saved:
-                self.monitor.say(f"resumed from {self.saved}", self.counters.step)
-            if self.kept and not self.saved:
-                self.monitor.say(f"init_from {self.recipe.init_from} has no fitting tensor for {', '.join(self.kept)}", 0)
-            self._begin_stage(resumed=self.saved is not None)
-            while self.counters.epoch < self.recipe.epochs:
-                self._train_epoch()
-                self._end_epoch()
-            return self._finish()
+            with use(self.recipe.ops.backend, self.recipe.ops.precision):
+                return self._run()
         finally:
             self.monitor.close()
             self.train_batches.close()
+
+    def _run(self) -> dict[str, Any]:
+        """Train all epochs, with what the operations use as the recipe has it."""
+        self.monitor.text("recipe", to_yaml(self.recipe))
+        if self.resume and not self.saved:
+            self.monitor.say(f"{self.out} holds no checkpoint to resume from: starting afresh")
+        if self.saved:
+            self.monitor.say(f"resumed from {self.saved}", self.counters.step)
+        if self.kept and not self.saved:
+            self.monitor.say(f"init_from {self.recipe.init_from} has no fitting tensor for {', '.join(self.kept)}", 0)
+        self._begin_stage(resumed=self.saved is not None)
+        while self.counters.epoch < self.recipe.epochs:
+            self._train_epoch()
+            self._end_epoch()
+        return self._finish()
 
     def _fixed_images(self) -> Tensor:
         """Return the held-out images on which drift is measured and of which pictures are made."""

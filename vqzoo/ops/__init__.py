@@ -10,16 +10,19 @@ from vqzoo.ops.adversarial import (
     lecam,
     mean_logit,
 )
-from vqzoo.ops.backends import use
+from vqzoo.ops.backends import BACKENDS, PRECISIONS, use
 from vqzoo.ops.collective import all_reduce_sum, broadcast, gather_names, gather_rows
 from vqzoo.ops.embedding import embedding_losses, straight_through
-from vqzoo.ops.nearest import nearest_codes
+from vqzoo.ops.nearest import nearest_codes, search_disagreement
 from vqzoo.ops.nonstationary import nonstationary_loss
+from vqzoo.ops.plan import plan
 from vqzoo.ops.usage import code_usage, perplexity, usage
 
 __all__ = [
+    "BACKENDS",
     "DISCRIMINATOR_LOSSES",
     "GENERATOR_LOSSES",
+    "PRECISIONS",
     "all_reduce_sum",
     "broadcast",
     "code_usage",
@@ -35,6 +38,8 @@ __all__ = [
     "nearest_codes",
     "nonstationary_loss",
     "perplexity",
+    "plan",
+    "search_disagreement",
     "straight_through",
     "usage",
     "use",

@@ -13,6 +13,9 @@ from vqzoo.errors import suggestion
 BACKENDS = ("auto", "chunked", "eager", "triton")
 PRECISIONS = ("exact", "fast")
 
+WIDEST = {"search": 512, "exact loss": 128, "fast loss": 256}
+"""The width D of codes up to which there are Triton kernels that keep their operands on the chip."""
+
 EAGER_ELEMENTS = 2**14
 """Products of M, K and D up to which the plain formula is the fastest and its memory is nothing."""
 
@@ -48,9 +51,14 @@ def known(name: str, choices: tuple[str, ...], what: str) -> str:
     return name
 
 
-def resolve(backend: str, device: torch.device, count: int, size: int, width: int) -> str:
-    """Return the backend that "auto" means for [M, D] latents and [K, D] codes; a ValueError if a named one cannot work."""
+def resolve(backend: str, device: torch.device, count: int, size: int, width: int, widest: int) -> str:
+    """Return the backend that "auto" means for [M, D] latents and [K, D] codes; a ValueError if a named one cannot work.
+
+    `widest` is the D up to which Triton has a kernel for the operation.
+    """
     reason = triton_reason(device.type)
+    if reason is None and width > widest:
+        reason = f"its kernel for this operation and precision takes codes of width {widest} at most, not {width}"
     if backend == "triton" and reason:
         raise ValueError(f"backend: 'triton' cannot work on {device.type}: {reason}; choose auto or chunked")
     if backend != "auto":

@@ -349,7 +349,6 @@ PULL = {"hopper": {"exact": {64: (64, 64, 4, 2, None), 128: (32, 128, 8, 2, None
                   "fast": {128: (64, 32, 4, 2, None), 256: (32, 16, 4, 2, None)}}}
 RANK = {"BLOCK": 512, "WIDTH": 32, "num_warps": 2, "enable_fp_fusion": True}
 SIMPLE = {"num_warps": 4, "enable_fp_fusion": True}  # for kernels that only read and write
-WIDEST = {"search": 512, "exact loss": 128, "fast loss": 256}  # codes for which there are tiles
 PADDING = 128  # a multiple of every tile
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vqzoo.ops.backends import check_widths, exact_float32, resolve, settle
+from vqzoo.ops.backends import WIDEST, check_widths, exact_float32, resolve, settle
 
 # Latents and codes in one tile of scores; a GPU needs larger tiles to outlast their launches.
 TILES = {"cpu": (512, 2048), "cuda": (1024, 16384)}
@@ -28,9 +28,15 @@ def nearest_codes(
     return _nearest_codes(latents.detach(), vectors.detach(), *settle(backend, precision))
 
 
+def search_disagreement(latents: Tensor, vectors: Tensor) -> float:
+    """Return the share of latents [M, D] for which "fast" chooses another of `vectors` [K, D] than "exact": 0 to 1."""
+    fast, exact = (nearest_codes(latents, vectors, precision=precision)[0] for precision in ("fast", "exact"))
+    return float((fast != exact).float().mean())
+
+
 @torch.library.custom_op("vqzoo::nearest_codes", mutates_args=())
 def _nearest_codes(latents: Tensor, vectors: Tensor, backend: str, exact: bool) -> tuple[Tensor, Tensor]:
-    backend = resolve(backend, latents.device, len(latents), *vectors.shape)
+    backend = resolve(backend, latents.device, len(latents), *vectors.shape, WIDEST["search"])
     with exact_float32(latents.device):
         latents, vectors = latents.float(), vectors.float()
         if backend == "triton":
@@ -70,6 +76,11 @@ def _chunked(latents: Tensor, vectors: Tensor, exact: bool) -> tuple[Tensor, Ten
     return _answer(broken, indices, distances / scale**2)
 
 
+def group_of(size: int) -> int:
+    """Return how many codes of K share a minimum: many save memory, few are measured sooner."""
+    return 2 if size <= 2048 else 8 if size <= 16384 else 16
+
+
 class _Search:
     """Hold what every tile of latents needs: centred codes, and buffers, since fresh memory costs more than arithmetic.
 
@@ -83,7 +94,7 @@ class _Search:
     def __init__(self, vectors: Tensor, broken: Tensor, rows: int, columns: int, exact: bool):
         size, width = vectors.shape
         self.vectors, self.rows, self.exact = vectors, rows, exact
-        self.group = 2 if size <= 2048 else 8 if size <= 16384 else 16
+        self.group = group_of(size)
         self.slack = slack = 1.01 * (width + 12) * 2**-24 if exact else 0.0
         if broken.any():
             vectors = vectors.masked_fill(broken[:, None], 0)
@@ -149,7 +160,9 @@ class _Search:
         differences.copy_(gathered.view(differences.shape)).sub_(latents.double()[:, None])
         return _closest(differences, candidates)
 
-    def rivals(self, latents: Tensor, lower: Tensor, blocks: Tensor, reached: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def rivals(
+        self, latents: Tensor, lower: Tensor, blocks: Tensor, reached: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (rows, codes, distances) of the groups whose lower bound does not exceed the score [n, 1] that is reached."""
         row, block = (~(blocks > reached)).nonzero(as_tuple=True)  # not <=: a NaN excludes nothing
         number, place = (~(lower.view(len(latents), -1, BLOCK)[row, block] > reached[row])).nonzero(as_tuple=True)

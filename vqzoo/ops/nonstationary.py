@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vqzoo.ops.backends import check_widths, exact_float32, resolve, settle
+from vqzoo.ops.backends import WIDEST, check_widths, exact_float32, resolve, settle
 
 TILES = {"cpu": (256, 2048), "cuda": (2048, 16384)}
 """Latents and codes that are looked at together: what a CPU keeps close, what gives a GPU enough to do per launch."""
@@ -32,9 +32,9 @@ def nonstationary_loss(
     1/(M·D) Σ_i Σ_{j≠q_i} p_ij d_ij with d_ij = |z_i - c_j|² and p = softmax_j(-d_ij / temperature), a constant, over all
     of `vectors` [K, D]; `indices` [M] holds the winners q, whose share of p is dropped and not redistributed. The
     gradient goes to `vectors` alone, and has none itself. The mean is over this process. `skip` allows to leave tiles of codes
-    out that have at most that share of a latent's p between them, which reads the codes twice: it changes the loss by no more
-    than skip · max d / D and the gradient's sum of norms by no more than 2 · skip · max √d / D. See `use` for the other options;
-    precision "fast" shortens the products on a GPU. Source: NSVQ, arXiv 2606.11363, eq. 9 and 10.
+    out that have at most that share of a latent's p between them: it changes the loss by no more than skip · max d / D and
+    the gradient's rows by no more than 2 · skip · max √d / D in sum of norms. See `use` for the other options; precision
+    "fast" shortens the products on a GPU. Source: NSVQ, arXiv 2606.11363, eq. 9 and 10.
     """
     check_widths(latents, vectors)
     if indices.shape != latents.shape[:1]:
@@ -55,7 +55,8 @@ def _nonstationary(
     differentiate: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and its gradient [K, D], which is empty unless asked for."""
-    backend = resolve(backend, latents.device, len(latents), *vectors.shape)
+    backend = resolve(
+        backend, latents.device, len(latents), *vectors.shape, WIDEST["exact loss" if exact else "fast loss"])
     with exact_float32(latents.device):
         codes = vectors.detach().float()
         if backend == "triton":
