@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in parts of minutes and without a network; each part leaves JSON in the folder that OUT names.
 #   bash benchmarks/gpu.sh check                       operations, precisions and a discriminator on this GPU against the CPU
+#   bash benchmarks/gpu.sh kernels                     Triton's search and loss: exactness, races, times, memory
+#   bash benchmarks/gpu.sh peers                       the same operations beside other libraries', and their peak memory
+#   bash benchmarks/gpu.sh step                        a whole training step beside SimVQ's structure; NSVQ's beside SimVQ's
 #   bash benchmarks/gpu.sh train METHOD [key=value …]  vq, simvq, nsvq or simvq_nsvq: 65,536 codes of width 128, 128 px, 2,100 steps
 #   bash benchmarks/gpu.sh all
 # DATA is a folder of photos with train/ and val/ (.gpu/photos128 if unset); wheels in .gpu/wheels are installed first.
@@ -19,6 +22,22 @@ check() {
   python benchmarks/gpu_check.py "$OUT/check.json"
 }
 
+kernels() {
+  setup
+  python benchmarks/gpu_kernels.py "$OUT/kernels.json"
+}
+
+peers() {
+  setup
+  for part in search loss memory; do python benchmarks/kernels.py "$part" --device cuda --json "$OUT/peers.jsonl"; done
+}
+
+step() {
+  setup
+  python benchmarks/step.py structure --device cuda --gan --json "$OUT/step.jsonl" "$@"
+  python benchmarks/step.py nsvq --device cuda --gan --json "$OUT/step.jsonl" "$@"
+}
+
 train() {
   local method=$1 run
   shift
@@ -30,14 +49,15 @@ train() {
 }
 
 case "${1:-}" in
-  check) check ;;
+  check | kernels | peers) "$1" ;;
+  step) step "${@:2}" ;;
   train) train "${@:2}" ;;
   all)
-    check
+    for part in check kernels peers step; do "$part"; done
     for method in vq simvq nsvq simvq_nsvq; do train "$method"; done
     ;;
   *)
-    sed -n '2,6p' "$0"
+    sed -n '2,9p' "$0"
     exit 2
     ;;
 esac

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vqzoo import Plugin, hookimpl
-from vqzoo.ops import broadcast, code_usage, gather_rows, nearest_codes
+from vqzoo.ops import broadcast, code_sums, gather_rows, nearest_codes
 
 
 class KMeans(Plugin):
@@ -53,8 +53,7 @@ class KMeans(Plugin):
         centres = latents[order[:size]].clone()
         for _ in range(self.config.iterations):
             indices, _ = nearest_codes(latents, centres)
-            counts = code_usage(indices, size)
-            sums = torch.zeros_like(centres).index_add_(0, indices, latents)
+            sums, counts = code_sums(latents, indices, size)
             restart = latents[torch.randint(len(latents), (size,), generator=generator, device=device)]
             centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], restart)
         return broadcast(centres)

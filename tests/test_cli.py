@@ -176,6 +176,20 @@ def test_check_says_who_serves_each_hook_and_leaves_nothing(recipe, tmp_path, mo
     assert not list(tmp_path.iterdir()) and left(small_photos) == before
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager", "chunked"])
+def test_check_says_which_backend_works_in_how_much_memory(recipe, backend):
+    done = succeed("check", recipe, f"ops.backend={backend}", "ops.precision=fast")
+    name = "chunked" if backend == "auto" else backend
+    assert re.search(rf"operations +of 256 latents and 16 codes.*: nearest_codes {name}, \d+ MiB; nonstationary_loss {name}, "
+                     r"\d+ MiB\n +fast: .*search_disagreement", done.out)
+
+
+def test_a_backend_that_cannot_work_is_refused_before_training(recipe, tmp_path):
+    done = call("run", recipe, "ops.backend=triton", "--out", tmp_path / "run")
+    assert done.code == 2 and "ops.backend: 'triton' cannot work on cpu" in done.err and "auto or chunked" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_check_finds_a_shipped_recipe_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert list(stages_of(succeed("check", "quickstart").out)) == ["joint", "warm-up", "refine"]

@@ -13,6 +13,7 @@ from vqzoo.ops import (
     all_reduce_sum,
     backends,
     broadcast,
+    code_sums,
     code_usage,
     gather_names,
     gather_rows,
@@ -21,6 +22,7 @@ from vqzoo.ops import (
     perplexity,
     plan,
     search_disagreement,
+    soft_assignments,
     usage,
     use,
 )
@@ -511,3 +513,43 @@ def test_operations_compile_without_a_break(backend):
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(torch.autograd.grad(found[0], weight)[0], gradient)
+
+
+# soft assignments and sums
+
+
+@ONCE
+@pytest.mark.parametrize("temperature", [1e-3, 0.1, 1.0, 100.0])
+def test_soft_assignments_and_their_gradients_are_the_dense_formulas(monkeypatch, temperature):
+    from vqzoo.ops import assignment
+
+    monkeypatch.setattr(assignment, "ROWS", 7 * 40)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        latents, vectors = (x.to(dtype).requires_grad_() for x in (normal(23, 5) + 1, normal(40, 5, seed=1) + 1))
+        if dtype == torch.float32:
+            with torch.autocast("cpu", torch.bfloat16):
+                entropy, mean = soft_assignments(latents, vectors, temperature)
+        else:
+            shares = (torch.cdist(latents, vectors).square() / -temperature).softmax(1)
+            entropy, mean = torch.special.entr(shares).sum(1).mean(), shares.mean(0)
+        loss = entropy - 0.7 * torch.special.entr(mean.clamp(min=1e-30)).sum()
+        found.append((entropy, mean, *torch.autograd.grad(loss, (latents, vectors))))
+    for ours, exact in zip(*found, strict=True):
+        assert relative_error(ours.detach(), exact.detach()) < 1e-5 * max(1, 0.1 / temperature) or (ours - exact).abs().max() < 1e-8
+
+
+@ONCE
+def test_soft_assignments_refuse_what_has_no_mean():
+    with pytest.raises(ValueError, match="no latents"):
+        soft_assignments(torch.zeros(0, 3), torch.zeros(4, 3), 1.0)
+    with pytest.raises(ValueError, match="temperature"):
+        soft_assignments(torch.zeros(2, 3), torch.zeros(4, 3), 0.0)
+
+
+@ONCE
+def test_code_sums_add_up_what_chose_a_code():
+    latents, indices = normal(50, 3), torch.arange(50) % 7
+    sums, counts = code_sums(latents, indices, 9)
+    assert counts.tolist() == [8] + [7] * 6 + [0, 0] and sums[7:].eq(0).all()
+    torch.testing.assert_close(sums[3], latents[3::7].sum(0))

@@ -111,6 +111,8 @@ def test_a_wrong_type_is_named_with_its_full_key(refusal, text, key, value):
     ("ema: 1", "ema", "1.0"),
     ("ema: .nan", "ema", "nan"),
     ("precision: fp61", "precision", "did you mean 'fp16'?"),
+    ("ops: {backend: chunky}", "ops.backend", "did you mean 'chunked'?"),
+    ("ops: {precision: fats}", "ops.precision", "did you mean 'fast'?"),
     ("codebook: {size: 0}", "codebook.size", "0"),
     ("encoder: {stride: 0}", "encoder.stride", "0"),
     ("data: {batch_size: 0}", "data.batch_size", "0"),

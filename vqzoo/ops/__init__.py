@@ -10,13 +10,14 @@ from vqzoo.ops.adversarial import (
     lecam,
     mean_logit,
 )
+from vqzoo.ops.assignment import soft_assignments
 from vqzoo.ops.backends import BACKENDS, PRECISIONS, use
 from vqzoo.ops.collective import all_reduce_sum, broadcast, gather_names, gather_rows
 from vqzoo.ops.embedding import embedding_losses, straight_through
 from vqzoo.ops.nearest import nearest_codes, search_disagreement
 from vqzoo.ops.nonstationary import nonstationary_loss
 from vqzoo.ops.plan import plan
-from vqzoo.ops.usage import code_usage, perplexity, usage
+from vqzoo.ops.usage import code_sums, code_usage, perplexity, usage
 
 __all__ = [
     "BACKENDS",
@@ -25,6 +26,7 @@ __all__ = [
     "PRECISIONS",
     "all_reduce_sum",
     "broadcast",
+    "code_sums",
     "code_usage",
     "discriminator_loss",
     "embedding_losses",
@@ -40,6 +42,7 @@ __all__ = [
     "perplexity",
     "plan",
     "search_disagreement",
+    "soft_assignments",
     "straight_through",
     "usage",
     "use",

@@ -19,6 +19,15 @@ def code_usage(indices: Tensor, size: int) -> Tensor:
     return counts.scatter_add_(0, flat, torch.ones_like(flat))
 
 
+def code_sums(latents: Tensor, indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the sum of the latents [M, D] that chose each code, [K, D] float32, and how many did [K], from `indices` [M].
+
+    What k-means and moving averages need; no one-hot matrix is built. Sums over a GPU's threads come in any order.
+    """
+    sums = torch.zeros(size, latents.shape[1], device=latents.device)
+    return sums.index_add_(0, indices, latents.detach().float()), code_usage(indices, size)
+
+
 def perplexity(counts: Tensor) -> Tensor:
     """Return exp(-Σ p log p) of the shares p of `counts` [K]: 1 to K, or 0 where nothing was counted."""
     total = counts.sum()
