@@ -536,7 +536,7 @@ def test_soft_assignments_and_their_gradients_are_the_dense_formulas(monkeypatch
         loss = entropy - 0.7 * torch.special.entr(mean.clamp(min=1e-30)).sum()
         found.append((entropy, mean, *torch.autograd.grad(loss, (latents, vectors))))
     for ours, exact in zip(*found, strict=True):
-        assert relative_error(ours.detach(), exact.detach()) < 1e-5 * max(1, 0.1 / temperature) or (ours - exact).abs().max() < 1e-8
+        assert relative_error(ours.detach(), exact.detach()) < 1e-5 * max(1, 0.1 / temperature)
 
 
 @ONCE
