@@ -144,6 +144,34 @@ def test_sizes_whose_squares_overflow_do_not_matter(scale):
     assert torch.equal(nearest_codes(latents, mixed)[0], exact)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-21, 1e-20, 1e-19, 1e-10, 1e9])
+@pytest.mark.parametrize("width", [1, 2, 8])
+def test_numbers_that_underflow_and_one_that_is_huge_do_not_matter(scale, width):
+    latents, vectors = normal(60, width) * scale, normal(3000, width, seed=1) * scale
+    wanted = distances64(latents / scale, vectors / scale).argmin(1)
+    assert (nearest_codes(latents, vectors)[0] != wanted).sum() <= (3 if scale < 1e-25 else 0)  # as stored, float32 is denormal
+    latents[7] = 1e20
+    keep = torch.arange(60) != 7
+    found, distances = nearest_codes(latents, vectors)
+    assert torch.equal(found[keep], nearest_codes(latents[keep], vectors)[0])
+    vectors[5] = 1e25
+    assert nearest_codes(latents[keep], vectors)[0].ne(5).all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 9, 99])
+def test_winners_that_do_not_exist_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{wrong}.*9 codes"):
+        nonstationary_loss(normal(3, 2), normal(9, 2, seed=1), torch.tensor([0, wrong, 1]), 1.0)
+
+
+def test_a_far_code_does_not_spoil_the_others_digits():
+    vectors = normal(2100, 8, seed=1)
+    vectors[0] = 1e6
+    latents = normal(50, 8)
+    (loss, gradient), _ = errors(latents, vectors, nearest_codes(latents, vectors)[0], 1.0).tolist()
+    assert loss < 1e-5 and gradient < 1e-5
+
+
 def test_codes_that_are_not_finite_are_left_out():
     latents, vectors = normal(30, 5), normal(70, 5, seed=1)
     whole = vectors.clone()
@@ -151,6 +179,8 @@ def test_codes_that_are_not_finite_are_left_out():
     exact = distances64(latents, whole)
     exact[:, [3, 40, 69]] = math.inf
     assert torch.equal(nearest_codes(latents, vectors)[0], exact.argmin(1))
+    zero = torch.tensor([[math.nan, math.nan], [0, 0], [10, 10], [math.inf, 0]])
+    assert [x.tolist() for x in nearest_codes(torch.zeros(1, 2), zero)] == [[1], [0]]
     indices, distances = nearest_codes(latents, torch.full((70, 5), math.nan))
     assert indices.eq(0).all() and not distances.isfinite().any()
 
@@ -336,7 +366,7 @@ def test_a_single_code_leaves_nothing_to_attract():
     assert loss == 0 and vector.grad.eq(0).all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, 1e-40, math.inf])
 def test_loss_refuses_a_temperature_that_is_not_positive(temperature):
     with pytest.raises(ValueError, match="temperature must be positive"):
         nonstationary_loss(normal(3, 2), normal(4, 2), torch.zeros(3).long(), temperature)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vqzoo.ops.backends import check_widths, exact_float32
+from vqzoo.ops.backends import centre, check_widths, exact_float32
 
 ROWS = 2**23
 """Floats of latents x codes at a time, in each of about four buffers."""
@@ -45,13 +45,13 @@ class _SoftAssignments(torch.autograd.Function):
         latents, vectors = ctx.saved_tensors
         to_latents, to_vectors = torch.zeros_like(latents, dtype=torch.float32), torch.zeros_like(vectors, dtype=torch.float32)
         with exact_float32(latents.device):
-            centre = vectors.float().mean(0)
+            middle = centre(vectors.float())
             for rows, tile, logs in _tiles(latents, vectors, ctx.temperature):
                 shares = logs.exp()
                 wanted = of_mean - of_entropy * logs.clamp_(min=torch.finfo(torch.float32).min)  # less a constant
                 pulls = shares * (wanted - _products(shares, wanted)[:, None])
-                to_latents[rows] = pulls @ (vectors.float() - centre)
-                to_vectors += pulls.t() @ tile - (vectors.float() - centre) * pulls.sum(0)[:, None]
+                to_latents[rows] = pulls @ (vectors.float() - middle)
+                to_vectors += pulls.t() @ tile - (vectors.float() - middle) * pulls.sum(0)[:, None]
         scale = 2 / (ctx.temperature * len(latents))
         return (to_latents * scale).to(latents.dtype), (to_vectors * scale).to(vectors.dtype), None
 
@@ -59,12 +59,12 @@ class _SoftAssignments(torch.autograd.Function):
 def _tiles(latents: Tensor, vectors: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield which rows a tile of latents [n, D] holds, the tile, centred as the codes are, and its log assignments [n, K]."""
     vectors = vectors.float()
-    centre = vectors.mean(0)
-    codes = vectors - centre
+    middle = centre(vectors)
+    codes = vectors - middle
     bias, size = codes.square().sum(1) / -temperature, max(1, ROWS // len(vectors))
     for start in range(0, len(latents), size):
         rows = slice(start, start + size)
-        tile = latents[rows].float() - centre
+        tile = latents[rows].float() - middle
         yield rows, tile, torch.addmm(bias, tile, codes.t(), alpha=2 / temperature).log_softmax(1)
 
 

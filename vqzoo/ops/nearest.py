@@ -1,5 +1,6 @@
 """The nearest code of each latent, as float64 would find it, without the matrix of all distances."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +10,9 @@ from vqzoo.ops.backends import WIDEST, check_widths, exact_float32, resolve, set
 
 # Latents and codes in one tile of scores; a GPU needs larger tiles to outlast their launches.
 TILES = {"cpu": (512, 2048), "cuda": (1024, 16384)}
+
+LEAST = 2.0**-50
+"""What a scan takes for the norm of anything smaller, so that the bound exceeds the error of products that underflow."""
 
 BLOCK = 64
 """Groups of codes that are looked at together."""
@@ -65,15 +69,24 @@ def _chunked(latents: Tensor, vectors: Tensor, exact: bool) -> tuple[Tensor, Ten
     broken, size = _broken(latents)
     lost, size_of_codes = _broken(vectors)
     if lost.all():
-        return torch.zeros_like(broken, dtype=torch.int64), torch.full_like(latents[:, 0], torch.nan)
-    scale = 2.0**-100 if max(size, size_of_codes) > 2.0**55 else 1.0  # lest squares overflow; a power of two is exact
-    if scale < 1 or broken.any():
-        latents, vectors = latents.masked_fill(broken[:, None], 0) * scale, vectors * scale
+        nowhere = torch.full_like(broken, torch.inf, dtype=torch.float64)
+        return _answer(broken, torch.zeros_like(broken, dtype=torch.int64), nowhere)
+    if broken.any():
+        latents = latents.masked_fill(broken[:, None], 0)
     rows, columns = TILES.get(latents.device.type, TILES["cpu"])
-    search = _Search(vectors.contiguous(), lost, max(1, min(rows, len(latents))), columns, exact)
+    scale = _scale(max(size, size_of_codes))
+    search = _Search(vectors.contiguous(), lost, scale, max(1, min(rows, len(latents))), columns, exact)
     found = [search(tile) for tile in latents.split(search.rows)]
     indices, distances = (torch.cat(part) for part in zip(*found, strict=True))
-    return _answer(broken, indices, distances / scale**2)
+    return _answer(broken, indices, distances)
+
+
+def _scale(size: float) -> float:
+    """Return the power of two by which a scan multiplies numbers of a size: 1 but for those whose squares leave float32."""
+    if 2.0**-20 < size < 2.0**55:
+        return 1.0
+    exponent = 128 if math.isinf(size) else math.frexp(size)[1] if size else -100
+    return 2.0 ** max(-120, min(120, 20 - exponent))
 
 
 def group_of(size: int) -> int:
@@ -88,22 +101,24 @@ class _Search:
     centred on the codebook's mean, since a common offset would too. A float32 product of D + 2 terms whose inputs are rounded
     once is off by at most (D + 12)·2⁻²⁴ (|c|² + 2|z||c|), in whatever order it sums; 1 % more covers the rounding of the bound
     itself. As one more column of the product, the bound costs nothing. A code that cannot be the answer, since it is not
-    finite or repeats an earlier one, gets an infinite score.
+    finite or repeats an earlier one, gets an infinite score. `scale` keeps squares from overflow; LEAST covers what underflows.
     """
 
-    def __init__(self, vectors: Tensor, broken: Tensor, rows: int, columns: int, exact: bool):
+    def __init__(self, vectors: Tensor, broken: Tensor, scale: float, rows: int, columns: int, exact: bool):
         size, width = vectors.shape
-        self.vectors, self.rows, self.exact = vectors, rows, exact
+        self.vectors, self.scale, self.rows, self.exact = vectors, scale, rows, exact
         self.group = group_of(size)
         self.slack = slack = 1.01 * (width + 12) * 2**-24 if exact else 0.0
         if broken.any():
             vectors = vectors.masked_fill(broken[:, None], 0)
+        if scale != 1:
+            vectors = vectors * scale
         self.mean = vectors.mean(0)
         padded = size + -size % self.group
         codes = vectors.new_zeros(padded, width + 2)
         centred = torch.sub(vectors, self.mean, out=codes[:size, :width])
-        norms = torch.linalg.vector_norm(centred, dim=1)
-        out = broken | _repeats(vectors, norms) if exact else broken
+        norms = torch.linalg.vector_norm(centred, dim=1).clamp_(min=LEAST)
+        out = broken | _repeats(self.vectors, norms.masked_fill(broken, 0)) if exact else broken
         codes[:, width] = torch.inf
         codes[:size, width] = torch.where(out, torch.inf, norms.square() * (1 - slack))
         codes[:size, width + 1] = -2 * slack * norms
@@ -140,8 +155,8 @@ class _Search:
         Codes that lie a group's number apart in a tile form a group: its minimum needs no transposition.
         """
         count, done = len(latents), 0
-        centred = latents - self.mean
-        norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+        centred = (latents if self.scale == 1 else latents * self.scale) - self.mean
+        norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp_(min=LEAST)
         augmented = torch.cat([centred.mul_(-2), torch.ones_like(norms), norms], 1)
         lower = self.lower[:count]
         for tile in self.tiles:
@@ -176,7 +191,7 @@ def _closest(differences: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
 
     Overwrites the differences [n, C, D] between the candidates and the latent, in float64.
     """
-    distances = differences.square_().sum(2).nan_to_num_(nan=torch.inf)
+    distances = differences.square_().sum(2).nan_to_num_(nan=torch.inf, posinf=torch.inf)
     least = distances.amin(1)
     return candidates.masked_fill(distances > least[:, None], torch.iinfo(torch.int64).max).amin(1), least
 

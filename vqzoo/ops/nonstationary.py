@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vqzoo.ops.backends import WIDEST, check_widths, exact_float32, resolve, settle
+from vqzoo.ops.backends import WIDEST, centre, check_widths, exact_float32, resolve, settle
 
 TILES = {"cpu": (256, 2048), "cuda": (2048, 16384)}
 """Latents and codes that are looked at together: what a CPU keeps close, what gives a GPU enough to do per launch."""
@@ -39,8 +39,8 @@ def nonstationary_loss(
     check_widths(latents, vectors)
     if indices.shape != latents.shape[:1]:
         raise ValueError(f"indices must be [M] = [{len(latents)}], not {list(indices.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    if not 1e-30 < temperature < 1e30:
+        raise ValueError(f"temperature must be positive, and within what float32 can divide by, not {temperature}")
     if not 0 <= skip < 1:
         raise ValueError(f"skip must be a share of at least 0 and below 1, not {skip}")
     differentiate = vectors.requires_grad and torch.is_grad_enabled()
@@ -57,6 +57,10 @@ def _nonstationary(
     """Return the loss and its gradient [K, D], which is empty unless asked for."""
     backend = resolve(
         backend, latents.device, len(latents), *vectors.shape, WIDEST["exact loss" if exact else "fast loss"])
+    if indices.device.type == "cpu" and len(indices):  # an accelerator would have to wait
+        low, high = indices.aminmax()
+        if low < 0 or high >= len(vectors):
+            raise ValueError(f"indices {int(low)}..{int(high)} are outside {len(vectors)} codes")
     with exact_float32(latents.device):
         codes = vectors.detach().float()
         if backend == "triton":
@@ -105,12 +109,12 @@ def _chunked(latents: Tensor, vectors: Tensor, indices: Tensor, temperature: flo
 
     With P the weights p without the winners': gradient = 2/(M·D) (diag(Pᵀ1) C - Pᵀ Z).
     """
-    mean = vectors.mean(0)  # distances from it are the same, and keep more digits
+    middle = centre(vectors)  # distances are the same from there, and keep more digits
     if not len(latents):
         return vectors.new_zeros(()), torch.zeros_like(vectors) if differentiate else None
-    sums = _Sums(vectors - mean, len(latents), temperature, differentiate, skip)
+    sums = _Sums(vectors - middle, len(latents), temperature, differentiate, skip)
     tiles = zip(latents.split(sums.rows), indices.split(sums.rows), strict=True)
-    losses = [sums.add(tile.float() - mean, winners.long()[:, None]) for tile, winners in tiles]
+    losses = [sums.add(tile.float() - middle, winners.long()[:, None]) for tile, winners in tiles]
     elements = latents.numel()
     loss = (torch.cat(losses).double().sum() / elements).float()
     return loss, sums.gradient().mul_(2 / elements) if differentiate else None

@@ -47,5 +47,6 @@ def _loss(backend: str, device: str, count: int, size: int, width: int) -> int:
         return 6 * (count + size) * width
     rows, columns = nonstationary.TILES.get(device, nonstationary.TILES["cpu"])
     rows = min(rows, count)
-    kept = rows * (size if rows * size <= nonstationary.MOST else min(columns, size))
-    return 4 * (rows * min(columns, size) + kept + size * (width + 2))
+    columns = min(columns, size)
+    every = rows * columns * -(-size // columns)
+    return 4 * (rows * columns + (every if every <= nonstationary.MOST else rows * columns) + size * (width + 2))
