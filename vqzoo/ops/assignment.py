@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vqzoo.ops.backends import centre, check_widths, exact_float32
+from vqzoo.ops.backends import check_widths, exact_float32
 
 ROWS = 2**23
 """Floats of latents x codes at a time, in each of about four buffers."""
@@ -45,7 +45,7 @@ class _SoftAssignments(torch.autograd.Function):
         latents, vectors = ctx.saved_tensors
         to_latents, to_vectors = torch.zeros_like(latents, dtype=torch.float32), torch.zeros_like(vectors, dtype=torch.float32)
         with exact_float32(latents.device):
-            middle = centre(vectors.float())
+            middle = vectors.float().mean(0)
             for rows, tile, logs in _tiles(latents, vectors, ctx.temperature):
                 shares = logs.exp()
                 wanted = of_mean - of_entropy * logs.clamp_(min=torch.finfo(torch.float32).min)  # less a constant
@@ -59,7 +59,7 @@ class _SoftAssignments(torch.autograd.Function):
 def _tiles(latents: Tensor, vectors: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield which rows a tile of latents [n, D] holds, the tile, centred as the codes are, and its log assignments [n, K]."""
     vectors = vectors.float()
-    middle = centre(vectors)
+    middle = vectors.mean(0)
     codes = vectors - middle
     bias, size = codes.square().sum(1) / -temperature, max(1, ROWS // len(vectors))
     for start in range(0, len(latents), size):

@@ -26,7 +26,8 @@ _defaults = {"backend": "auto", "precision": "exact"}
 def use(backend: str = "auto", precision: str = "exact") -> Iterator[None]:
     """Set what operations use inside the block where a call does not say; `fast` may choose a code that is not the nearest.
 
-    A block replaces the whole of one around it. auto takes `triton` on a GPU that has it, the plain `eager` formula for tiny sizes, else `chunked`.
+    A block replaces the whole of one around it. auto takes `triton` on a GPU that has it, the plain `eager` formula for tiny
+    sizes, else `chunked`.
     Raises ValueError for unknown names.
     """
     before = dict(_defaults)
@@ -86,11 +87,6 @@ def check_widths(latents: Tensor, vectors: Tensor) -> None:
         raise ValueError(f"latents [M, D] and vectors [K, D] differ: {list(latents.shape)} and {list(vectors.shape)}")
     if len(vectors) == 0:
         raise ValueError(f"vectors has no codes: {list(vectors.shape)}")
-
-
-def centre(vectors: Tensor) -> Tensor:
-    """Return a point [D] amid codes [K, D], which a few far ones do not move: the median of 1,024 of them at even distances."""
-    return vectors[:: -(-len(vectors) // 1024)].median(0).values
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vqzoo.ops.backends import WIDEST, centre, check_widths, exact_float32, resolve, settle
+from vqzoo.ops.backends import WIDEST, check_widths, exact_float32, resolve, settle
 
 TILES = {"cpu": (256, 2048), "cuda": (2048, 16384)}
 """Latents and codes that are looked at together: what a CPU keeps close, what gives a GPU enough to do per launch."""
@@ -109,12 +109,12 @@ def _chunked(latents: Tensor, vectors: Tensor, indices: Tensor, temperature: flo
 
     With P the weights p without the winners': gradient = 2/(M·D) (diag(Pᵀ1) C - Pᵀ Z).
     """
-    middle = centre(vectors)  # distances are the same from there, and keep more digits
+    mean = vectors.mean(0)  # distances from it are the same, and keep more digits
     if not len(latents):
         return vectors.new_zeros(()), torch.zeros_like(vectors) if differentiate else None
-    sums = _Sums(vectors - middle, len(latents), temperature, differentiate, skip)
+    sums = _Sums(vectors - mean, len(latents), temperature, differentiate, skip)
     tiles = zip(latents.split(sums.rows), indices.split(sums.rows), strict=True)
-    losses = [sums.add(tile.float() - middle, winners.long()[:, None]) for tile, winners in tiles]
+    losses = [sums.add(tile.float() - mean, winners.long()[:, None]) for tile, winners in tiles]
     elements = latents.numel()
     loss = (torch.cat(losses).double().sum() / elements).float()
     return loss, sums.gradient().mul_(2 / elements) if differentiate else None
