@@ -199,7 +199,7 @@ def loss_cell(bench: Bench, kind: str, width: int, winners: str, temperature: fl
     plain = errors(dense(latents, vectors, indices, temperature, torch.float32), reference)
     found = {"plain_float32": plain}
     for name, skip, exact in (("exact", 0.0, True), ("skip", 1e-3, True), ("fast", 0.0, False)):
-        if width <= kernels.WIDEST["exact loss" if exact else "fast loss"]:
+        if width <= ops.backends.WIDEST["exact loss" if exact else "fast loss"]:
             bench.poison()
             loss, gradient = kernels.nonstationary(latents, vectors, indices, temperature, True, skip, exact)
             found[name] = [*errors([loss, gradient], reference), float((gradient - reference[1]).norm(dim=1).sum())]
@@ -366,7 +366,7 @@ def time_sizes(bench: Bench) -> list[dict]:
         search = search_methods(bench, latents, vectors)
         loss = loss_methods(bench, latents, vectors, indices, 0.35)
         chosen = {name: search[name] for name in ("ours", "ours, fast", "bf16 product")}
-        ours = ("ours", "ours, fast") if cell[2] <= kernels.WIDEST["exact loss"] else ("ours, fast",)
+        ours = ("ours", "ours, fast") if cell[2] <= ops.backends.WIDEST["exact loss"] else ("ours, fast",)
         dense_ones = {name: loss[name] for name in (*ours, "bf16 products")}
         found.append({"size": cell, "search": bench.times(chosen), "loss": bench.times(dense_ones)})
     return found
