@@ -158,6 +158,13 @@ def test_numbers_that_underflow_and_one_that_is_huge_do_not_matter(scale, width)
     assert nearest_codes(latents[keep], vectors)[0].ne(5).all()
 
 
+def test_tiny_codes_beside_large_ones_are_told_apart():
+    vectors = torch.cat([normal(40, 3, seed=1) * 2.0 ** -power for power in (0, 20, 45, 48, 50, 52, 60)])
+    for power in (20, 45, 50, 55):
+        latents = normal(50, 3) * 2.0**-power
+        assert torch.equal(nearest_codes(latents, vectors)[0], distances64(latents, vectors).argmin(1))
+
+
 @pytest.mark.parametrize("wrong", [-1, 9, 99])
 def test_winners_that_do_not_exist_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{wrong}.*9 codes"):

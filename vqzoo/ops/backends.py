@@ -1,5 +1,6 @@
 """Which code does an operation's work, on which device, in how many bytes: the same names and results whatever is chosen."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -57,6 +58,9 @@ def resolve(backend: str, device: torch.device, count: int, size: int, width: in
 
     `widest` is the D up to which Triton has a kernel for the operation.
     """
+    if backend != "triton" and device.type != "cuda":
+        small = count * size * width <= EAGER_ELEMENTS
+        return backend if backend != "auto" else "eager" if small else "chunked"
     reason = triton_reason(device.type)
     if reason is None and width > widest:
         reason = f"its kernel for this operation and precision takes codes of width {widest} at most, not {width}"
@@ -64,9 +68,7 @@ def resolve(backend: str, device: torch.device, count: int, size: int, width: in
         raise ValueError(f"backend: 'triton' cannot work on {device.type}: {reason}; choose auto or chunked")
     if backend != "auto":
         return backend
-    if device.type == "cuda" and not reason:
-        return "triton"
-    return "eager" if count * size * width <= EAGER_ELEMENTS else "chunked"
+    return "chunked" if reason else "triton"
 
 
 @cache
@@ -76,9 +78,7 @@ def triton_reason(device: str) -> str | None:
         return "the package triton is not installed"
     if device == "cuda":
         return None if torch.cuda.get_device_capability() >= (8, 0) else "it needs compute capability 8.0 (Ampere) or later"
-    import triton
-
-    return None if triton.knobs.runtime.interpret else "it needs an NVIDIA GPU"
+    return None if os.environ.get("TRITON_INTERPRET") == "1" else "it needs an NVIDIA GPU"
 
 
 def check_widths(latents: Tensor, vectors: Tensor) -> None:

@@ -117,10 +117,12 @@ class _Search:
         padded = size + -size % self.group
         codes = vectors.new_zeros(padded, width + 2)
         centred = torch.sub(vectors, self.mean, out=codes[:size, :width])
-        norms = torch.linalg.vector_norm(centred, dim=1).clamp_(min=LEAST)
+        norms = torch.linalg.vector_norm(centred, dim=1)
+        squares = norms.square() * (1 - slack)  # before the least is taken, which would raise what must be a lower bound
+        norms.clamp_(min=LEAST)
         out = broken | _repeats(self.vectors, norms.masked_fill(broken, 0)) if exact else broken
         codes[:, width] = torch.inf
-        codes[:size, width] = torch.where(out, torch.inf, norms.square() * (1 - slack))
+        codes[:size, width] = torch.where(out, torch.inf, squares)
         codes[:size, width + 1] = -2 * slack * norms
         self.tiles = codes.split(columns)
         everything = torch.arange(padded, device=vectors.device).clamp_(max=size - 1)
