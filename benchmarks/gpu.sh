@@ -34,8 +34,8 @@ peers() {
 
 step() {
   setup
-  python benchmarks/step.py structure --device cuda --gan --json "$OUT/step.jsonl" "$@"
-  python benchmarks/step.py nsvq --device cuda --gan --json "$OUT/step.jsonl" "$@"
+  python benchmarks/step.py structure --gan --json "$OUT/step.jsonl" "$@"
+  python benchmarks/step.py nsvq --gan --json "$OUT/step.jsonl" "$@"
 }
 
 train() {

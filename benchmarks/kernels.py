@@ -50,9 +50,14 @@ Seconds = tuple[float, float, float]
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    return with_threads(options, __file__, arguments)
+
+
+def with_threads(options: argparse.Namespace, script: str, arguments: list[str]) -> int:
+    """Run what the options ask for, in another process where this one has been started with other threads."""
     threads = str(options.threads)
     if os.environ.get("OMP_NUM_THREADS") != threads:  # libraries look once, as they load
-        command = [sys.executable, __file__, *arguments]
+        command = [sys.executable, script, *arguments]
         return subprocess.run(command, env={**os.environ, **threads_for(threads)}).returncode
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -75,6 +80,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--backend", help="of ours")
         command.add_argument("--precision", help="of ours")
         command.add_argument("--free", type=float, help="gigabytes that a method may take; what the machine has by default")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         add_common(command)
     return parser.parse_args(arguments)
 
@@ -84,7 +90,6 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="append the last line to this file")
 
 

@@ -23,7 +23,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import add_common, clock, emit, number, numbers, paired, peers, resident, summarise, table, threads_for
+from kernels import (
+    add_common,
+    clock,
+    emit,
+    number,
+    numbers,
+    paired,
+    peers,
+    resident,
+    summarise,
+    table,
+    threads_for,
+    with_threads,
+)
 from kernels import words as words_of
 from PIL import Image
 from torch import Tensor
@@ -58,15 +71,9 @@ Step = Callable[[Tensor], None]
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    threads = str(options.threads)
-    if os.environ.get("OMP_NUM_THREADS") != threads:  # libraries look once, as they load
-        command = [sys.executable, __file__, *arguments]
-        return subprocess.run(command, env={**os.environ, **threads_for(threads)}).returncode
-    torch.set_num_threads(options.threads)
-    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"  # the trainer's own choice
     options.precision = options.precision or ("bf16" if options.device == "cuda" else "no")
-    options.run(options)
-    return 0
+    return with_threads(options, __file__, arguments)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
