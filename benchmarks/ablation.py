@@ -19,8 +19,7 @@ import torch
 from tqdm import tqdm
 
 from vqzoo import Features, Tokenizer, UserError
-from vqzoo.data import eval_batches, make_dataset, to_images
-from vqzoo.metrics import to_bytes
+from vqzoo.data import eval_batches, make_dataset, to_bytes, to_images
 from vqzoo.recipe import Recipe, changes, load_recipe, plain
 
 ROWS = ("neither", "dense", "joint", "joint_warm_up", "joint_refine", "full")

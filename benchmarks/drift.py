@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from vqzoo import Codebook, NonFiniteError, PluginError, Progress, Quantized, UserError
+from vqzoo.evaluation.report import hardware
 from vqzoo.manager import Hooks, find, make_manager, offered_hooks
-from vqzoo.metrics import hardware
 from vqzoo.ops import code_usage
 from vqzoo.recipe import Recipe, load_recipe, versions
 from vqzoo.stage import make_optimizer, set_learning_rate

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vqzoo import PatchDiscriminator, ops
-from vqzoo.metrics import hardware
+from vqzoo.evaluation.report import hardware
 
 
 def main(target: str, device: str = "cuda") -> int:

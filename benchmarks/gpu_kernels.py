@@ -17,7 +17,7 @@ import torch
 import triton
 
 from vqzoo import ops
-from vqzoo.metrics import hardware
+from vqzoo.evaluation.report import hardware
 from vqzoo.ops import kernels
 
 HEADLINE = (16384, 65536, 128)

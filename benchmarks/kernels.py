@@ -404,7 +404,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def emit(options: argparse.Namespace, **content: Any) -> dict:
     """Print a benchmark's numbers, and how they were made, as one line of JSON; append it to a file if wanted."""
-    from vqzoo.metrics import hardware  # seconds, which a process that measures memory need not spend
+    from vqzoo.evaluation.report import hardware  # seconds, which a process that measures memory need not spend
 
     said = {key: value for key, value in vars(options).items() if key not in ("run", "json", "name") and value is not None}
     row = {"benchmark": options.name, "date": str(date.today()), "options": said, **content,

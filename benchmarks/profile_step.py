@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from vqzoo import UserError
-from vqzoo.metrics import hardware
+from vqzoo.evaluation.report import hardware
 from vqzoo.recipe import load_recipe
 from vqzoo.trainer import Trainer
 

@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from vqzoo import Tokenizer, cli
 from vqzoo.cli import main
-from vqzoo.data import load_image, to_images
-from vqzoo.metrics import to_bytes
+from vqzoo.data import load_image, to_bytes, to_images
 from vqzoo.recipe import shipped
 
 RECIPE = """

@@ -24,7 +24,8 @@ encoder: {name: vqgan_encoder, stride: 4, args: {width: 8, mult: [1, 2], blocks:
 decoder: {name: conv, args: {width: 8, mult: [1, 2], blocks: 1, patch: 2}}
 codebook: {size: 48, width: 8}
 optim: {lr: 2e-3}
-log: {steps: 1, evaluate_epochs: 100, images: 2, drift_images: 3}
+log: {steps: 1, images: 2, drift_images: 3}
+evaluate: {epochs: 100}
 """
 VQ = COMMON + "plugins: {vq: {}, nsvq: {replace_after: 1}, pixel: {}, probe: {}}\n"
 CONTINUOUS = COMMON + "plugins: {vq: {}, continuous: {}, pixel: {}, probe: {}}\n"

@@ -180,7 +180,7 @@ def source(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     file = tmp_path / "net-00000000.pth"
     torch.save({"features.weight": torch.ones(1, 2, dtype=torch.float16), "features.bias": torch.zeros(1)}, file)
-    made = Source(file.as_uri(), 1, hashlib.sha256(file.read_bytes()).hexdigest()[:8])
+    made = Source(file.as_uri(), file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
     monkeypatch.setitem(SOURCES, "net", made)
     return made
 
@@ -208,17 +208,18 @@ def test_a_server_that_does_not_answer_is_given_up(source, monkeypatch):
         url = f"http://127.0.0.1:{server.getsockname()[1]}/silent-12345678.pth"
         with pytest.raises(UserError) as refused:
             fetch(Source(url, 7, "12345678"), "plugins.x.weights")
-    folder = torch.hub.get_dir() + "/checkpoints/silent-12345678.pth"
-    for part in ("plugins.x.weights: silent-12345678.pth", "7 MiB", "SHA-256 12345678", "timed out", url, folder,
-                 "plugins.x.weights=PATH"):
+    folder = torch.hub.get_dir() + "/checkpoints"
+    for part in ("plugins.x.weights: silent-12345678.pth", "7 bytes", "SHA-256 12345678", "timed out", url, folder,
+                 "vqzoo weights fetch"):
         assert part in str(refused.value)
 
 
 def test_the_sources_are_those_that_torchvision_names():
     for name, kind in (("vgg16", "VGG16"), ("alexnet", "AlexNet"), ("squeezenet1_1", "SqueezeNet1_1")):
         published = torchvision.models.get_weight(f"{kind}_Weights.IMAGENET1K_V1")
-        assert SOURCES[name].url == published.url and SOURCES[name].sha256 == published.url[-12:-4]
-        assert SOURCES[name].mib == round(published.meta["_file_size"])
+        assert SOURCES[name].url == published.url and SOURCES[name].sha256[:8] == published.url[-12:-4]
+        assert len(SOURCES[name].sha256) == 64
+        assert SOURCES[name].bytes / 2**20 == pytest.approx(published.meta["_file_size"], abs=1e-3)
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
@@ -409,7 +410,8 @@ data: {root: ROOT, resolution: [32, 32], batch_size: 8, eval_batch_size: 4, work
 encoder: {name: vqgan_encoder, stride: 4, args: {width: 8, mult: [1, 2], blocks: 1, patch: 2}}
 decoder: {name: conv, args: {width: 8, mult: [1, 2], blocks: 1, patch: 2}}
 codebook: {size: 32, width: 8}
-log: {steps: 1, evaluate_epochs: 100, images: 2, drift_images: 2}
+log: {steps: 1, images: 2, drift_images: 2}
+evaluate: {epochs: 100}
 plugins:
   vq: {}
   pixel: {}

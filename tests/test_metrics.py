@@ -1,18 +1,26 @@
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 import torch
+from PIL import Image
+from scipy.signal import convolve2d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure, structural_similarity_index_measure
 
 from vqzoo.codebook import Table
-from vqzoo.data import Batch, DataConfig, eval_batches, make_dataset, to_images
+from vqzoo.data import Batch, DataConfig, eval_batches, make_dataset, to_bytes, to_images
+from vqzoo.evaluation import EvaluateConfig
+from vqzoo.evaluation.evaluate import Evaluator
+from vqzoo.evaluation.pixels import ms_ssim, psnr, ssim, ssim_uniform
+from vqzoo.evaluation.report import table, to_json
 from vqzoo.explain import predict_memory
-from vqzoo.metrics import Evaluation, evaluate, psnr, ssim, table, to_bytes, to_json
 from vqzoo.plugin import Progress
 from vqzoo.prepare import build
 from vqzoo.recipe import load_recipe
@@ -93,6 +101,62 @@ def test_identity_is_infinite_psnr_and_ssim_1_also_where_it_is_bright_and_even()
         assert ssim(images, images).tolist() == pytest.approx([1.0] * len(images), abs=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["waves", "noise", "white"])
+def test_the_uniform_ssim_is_scikit_images_default(kind):
+    images, other = pairs(kind)
+    wanted = [structural_similarity(one, two, channel_axis=0, data_range=255)
+              for one, two in zip(images.double().numpy(), other.double().numpy(), strict=True)]
+    assert ssim_uniform(images, other).tolist() == pytest.approx(wanted, abs=1e-9)
+    assert ssim_uniform(images[..., :6], other[..., :6]).isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["waves", "white"])
+@pytest.mark.parametrize("size", [(176, 180), (200, 187)])
+def test_ms_ssim_is_its_definition(kind, size):
+    images, other = pairs(kind, 2, *size)
+    taps = np.exp(-(np.arange(-5, 6) ** 2) / 4.5)
+    window, exponents = np.outer(taps, taps) / taps.sum() ** 2, (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    for one, two, found in zip(images.double().numpy(), other.double().numpy(), ms_ssim(images, other).tolist(), strict=True):
+        wanted = 1.0
+        for number, exponent in enumerate(exponents):
+            means = [np.stack([convolve2d(c, window, "valid") for c in x]) for x in (one, two, one * one, two * two, one * two)]
+            contrast = (2 * (means[4] - means[0] * means[1]) + 7.65**2) / (
+                means[2] - means[0] ** 2 + means[3] - means[1] ** 2 + 7.65**2)
+            light = (2 * means[0] * means[1] + 2.55**2) / (means[0] ** 2 + means[1] ** 2 + 2.55**2)
+            wanted *= (light * contrast if number == 4 else contrast).mean() ** exponent
+            one, two = (x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2] for x in (one, two))
+            one, two = (x.reshape(3, x.shape[1] // 2, 2, x.shape[2] // 2, 2).mean((2, 4)) for x in (one, two))
+        assert found == pytest.approx(wanted, abs=1e-9)
+    peer = multiscale_structural_similarity_index_measure(
+        other.double(), images.double(), sigma=1.5, data_range=255.0, reduction="none", normalize="relu")
+    assert ms_ssim(images, other).tolist() == pytest.approx(peer.tolist(), abs=0.003)
+    assert ms_ssim(images, images).tolist() == pytest.approx([1.0] * 2, abs=1e-9)
+
+
+def test_ms_ssim_of_anticorrelated_images_is_a_number_and_of_small_ones_is_none():
+    images, _ = pairs("noise", 1, 176, 176)
+    assert ms_ssim(images, 255 - images).tolist() == [0.0]
+    assert ms_ssim(*pairs("noise", 1, 175, 300)).isnan().all()
+
+
+def test_psnr_and_ssim_are_scikit_images_on_photographs():
+    """On the photographs inside scikit-image, and on those of the folder VQZOO_KODAK (24 PNG) where it is set."""
+    files = [Path(skimage.__file__).parent / "data" / name for name in ("astronaut.png", "coffee.png", "chelsea.png")]
+    files += sorted(Path(os.environ["VQZOO_KODAK"]).glob("*.png")) if "VQZOO_KODAK" in os.environ else []
+    edges = [(0, 0), (5, 5), (5, 5)]
+    for number, file in enumerate(files):
+        image = np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1)[:, :256, :320]
+        noise = np.random.default_rng(number).normal(0, 10, image.shape)
+        other = np.clip(image + noise, 0, 255).round().astype(np.uint8)
+        one, two = (torch.from_numpy(x.astype(np.float32))[None] for x in (image, other))
+        reflected = [np.pad(x.astype(np.float64), edges, mode="reflect") for x in (image, other)]
+        gaussian = structural_similarity(*reflected, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+                                         data_range=255, win_size=11, channel_axis=0)
+        assert float(psnr(one, two)) == pytest.approx(peak_signal_noise_ratio(image, other), abs=1e-9)
+        assert float(ssim(one, two)) == pytest.approx(gaussian, abs=1e-9)
+        assert float(ssim_uniform(one, two)) == pytest.approx(structural_similarity(image, other, channel_axis=0), abs=1e-9)
+
+
 @pytest.mark.parametrize("side", [1, 2, 4, 5, 10, 11])
 def test_ssim_takes_images_smaller_than_its_window(side):
     images, other = pairs("noise", height=side, width=17)
@@ -129,6 +193,11 @@ def levels():
     return torch.from_numpy(np.random.default_rng(2).integers(0, 256, (7, 3, 32, 24), dtype=np.uint8))
 
 
+def evaluate(tokenizer, batches):
+    result = Evaluator(EvaluateConfig(), CPU).tokenizer(tokenizer, batches)
+    return result.metrics, result.left_out
+
+
 def batches(levels, size):
     for first in range(0, len(levels), size):
         part = levels[first : first + size]
@@ -136,7 +205,7 @@ def batches(levels, size):
 
 
 def test_psnr_and_ssim_are_means_over_images(levels):
-    metrics, _ = evaluate(Stub(), batches(levels, 3), CPU)
+    metrics, _ = evaluate(Stub(), batches(levels, 3))
     images = to_images(levels, CPU)
     one, other = to_bytes(images).numpy(), to_bytes(images * 0.9).numpy()
     each = [peak_signal_noise_ratio(a, b, data_range=255) for a, b in zip(one, other, strict=True)]
@@ -148,8 +217,8 @@ def test_psnr_and_ssim_are_means_over_images(levels):
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_metrics_do_not_depend_on_the_batch_size(levels, depth, size):
-    metrics, _ = evaluate(Stub(depth), batches(levels, size), CPU)
-    whole, _ = evaluate(Stub(depth), batches(levels, 7), CPU)
+    metrics, _ = evaluate(Stub(depth), batches(levels, size))
+    whole, _ = evaluate(Stub(depth), batches(levels, 7))
     assert metrics == pytest.approx(whole, abs=1e-9)
 
 
@@ -157,7 +226,7 @@ def test_a_real_tokenizer_and_loader_give_the_same_whatever_the_batch(make_recip
     tokenizer, found = build(make_recipe("vq")), []
     for size in (1, 3, 7):
         config = DataConfig(root=str(small_photos), resolution=[32, 32], eval_batch_size=size, workers=0)
-        found.append(evaluate(tokenizer, eval_batches(config, make_dataset(config, "val")), CPU)[0])
+        found.append(evaluate(tokenizer, eval_batches(config, make_dataset(config, "val")))[0])
     assert found[0]["images"] == 7 and 10 < found[0]["psnr"] < 40
     # An image's reconstruction itself may differ in the last bit with the batch, so a pixel may round the other way.
     assert found[1] == pytest.approx(found[0], abs=1e-3) and found[2] == pytest.approx(found[0], abs=1e-3)
@@ -165,7 +234,7 @@ def test_a_real_tokenizer_and_loader_give_the_same_whatever_the_batch(make_recip
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_usage_and_perplexity_are_a_plain_count_over_the_whole_set(levels, depth):
-    metrics, _ = evaluate(Stub(depth), batches(levels, 3), CPU)
+    metrics, _ = evaluate(Stub(depth), batches(levels, 3))
     counts = np.bincount(Stub(depth)(to_images(levels, CPU)).indices.numpy().ravel(), minlength=SIZE)
     shares = counts[counts > 0] / counts.sum()
     assert 0.1 < metrics["usage"] < 1
@@ -176,7 +245,7 @@ def test_usage_and_perplexity_are_a_plain_count_over_the_whole_set(levels, depth
 
 
 def test_a_tokenizer_without_indices_has_no_usage(levels):
-    metrics, _ = evaluate(Stub(discrete=False), batches(levels, 3), CPU)
+    metrics, _ = evaluate(Stub(discrete=False), batches(levels, 3))
     assert set(metrics) == {"psnr", "ssim", "tokens_per_image", "images"}
     assert "psnr" in table(metrics)
 
@@ -184,8 +253,8 @@ def test_a_tokenizer_without_indices_has_no_usage(levels):
 def test_files_that_do_not_decode_are_named_and_not_counted(levels):
     empty = Batch(torch.empty(0, 3, 32, 24, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), ["worse.png"])
     partial = Batch(levels[:2], torch.arange(2), ["bad.png"])
-    metrics, bad = evaluate(Stub(), [empty, partial], CPU)
-    alone, _ = evaluate(Stub(), batches(levels[:2], 2), CPU)
+    metrics, bad = evaluate(Stub(), [empty, partial])
+    alone, _ = evaluate(Stub(), batches(levels[:2], 2))
     assert bad == ["worse.png", "bad.png"]
     assert metrics == alone and metrics["images"] == 2
 
@@ -193,14 +262,14 @@ def test_files_that_do_not_decode_are_named_and_not_counted(levels):
 def test_evaluation_leaves_the_mode_as_it_was(levels):
     for mode in (True, False):
         stub = Stub().train(mode)
-        evaluate(stub, batches(levels[:1], 1), CPU)
+        evaluate(stub, batches(levels[:1], 1))
         assert stub.training is mode
 
 
 def test_nothing_evaluated_is_nan_and_not_a_crash():
-    metrics = dict(Evaluation(Stub(), CPU).results())
+    metrics, _ = evaluate(Stub(), [])
     assert math.isnan(metrics["psnr"]) and math.isnan(metrics["ssim"]) and metrics["images"] == 0
-    assert metrics["usage"] == metrics["perplexity"] == 0
+    assert "usage" not in metrics
 
 
 # What is shown and written
@@ -228,7 +297,7 @@ def refuse(literal):
 
 
 def test_json_has_text_for_what_strict_parsers_refuse(levels):
-    metrics, _ = evaluate(Stub(factor=1.0), batches(levels, 3), CPU)
+    metrics, _ = evaluate(Stub(factor=1.0), batches(levels, 3))
     assert metrics["psnr"] == math.inf and metrics["ssim"] == pytest.approx(1, abs=1e-12)
     content = {"metrics": metrics, "run": {"transitions": [{"x": -math.inf}, (math.nan, 1.5)], "finished": True}, "none": None}
     read = json.loads(to_json(content), parse_constant=refuse)

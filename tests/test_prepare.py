@@ -9,7 +9,7 @@ from test_training import COMMON, exported, run
 
 from vqzoo import PluginError, Tokenizer, UserError
 from vqzoo.data import eval_batches, make_dataset
-from vqzoo.metrics import evaluate
+from vqzoo.evaluation.evaluate import Evaluator
 from vqzoo.prepare import build, make_accelerator, prepare
 from vqzoo.trainer import Trainer, merge_losses
 
@@ -162,7 +162,8 @@ def test_bf16_without_an_average_scores_the_tokenizer_that_it_exports(recipe, tm
         AcceleratorState._reset_state(True)
     tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
     batches = eval_batches(made.data, make_dataset(made.data, "val"))
-    assert evaluate(tokenizer, batches, torch.device("cpu"))[0] == result["metrics"]
+    found = Evaluator(made.evaluate, torch.device("cpu")).tokenizer(tokenizer, batches)
+    assert found.metrics == result["metrics"]
 
 
 def test_a_resumed_run_needs_no_weights_from_elsewhere(recipe, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_training import COMMON, assert_equal_up_to_rounding, checkpoint_at, events
 
+from vqzoo.cli import main
 from vqzoo.recipe import load_recipe
 from vqzoo.trainer import Trainer
 
@@ -149,6 +150,20 @@ def test_metrics_count_each_held_out_image_once(runs):
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-3)
     assert two["run"]["transitions"] == one["run"]["transitions"] and two["run"]["step"] == STEPS
     assert (two["card"]["hardware"]["processes"], one["card"]["hardware"]["processes"]) == (2, 1)
+
+
+def test_an_evaluation_by_two_processes_is_that_of_one(runs, small_photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("VQZOO_CACHE", str(tmp_path / "cache"))
+    metrics = "metrics=[psnr,ssim,usage,perplexity,fd,fd_kid,fd_precision,fd_recall]"
+    fd = ["fd.name=resnet10t", "fd.pretrained=false", "fd.size=32"]
+    command = ["eval", str(runs.one), metrics, *fd, "--data", str(small_photos / "val"), "--batch-size", "2"]
+    for name, run in (("two", launch), ("one", main)):
+        run([*command, "--json", str(tmp_path / f"{name}.json"), "--csv", str(tmp_path / f"{name}.csv")])
+    two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
+    assert two["metrics"]["images"] == 7 and two["card"]["hardware"]["processes"] == 2
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5) and one["metrics"]["fd_resnet10t_random"] > 0
+    assert two["usage_curve"] == one["usage_curve"] and two["card"]["pixels_sha256"] == one["card"]["pixels_sha256"]
+    assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
 
 
 def test_only_the_main_process_reports(runs):

@@ -62,11 +62,14 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (40, 50), "teal").save(tmp_path / "photos" / "teal.png")
     names = {"RECIPE": "tiny.yaml", "[key=value ...]": "seed=1", "[--out DIR]": "--out run", "[--resume]": "",
-             "[--json]": "--json", "RUN_OR_TOKENIZER": "run", "--data DIR": "--data photos",
-             "[--json FILE]": "--json scores.json",
+             "[--json]": "--json", "RUN_OR_TOKENIZER_OR_FOLDER": "run", "RUN_OR_TOKENIZER": "run",
+             "--data DIR": "--data photos",
+             "[--json FILE]": "--json scores.json", "[--csv FILE]": "--csv scores.csv", "[--protocol NAME]": "--protocol simvq",
+             "[--metrics psnr,ssim]": "--metrics psnr,ssim", "A.json B.json": "scores.json run/metrics.json",
+             "[--mixed]": "--mixed", "list|fetch|verify": "list", "[NAME ...]": "", "[--dir DIR]": "",
              "IMAGES...": "photos/teal.png", "--out DIR": "--out decoded"}
     lines = commands("vqzoo ")
-    assert [line.split()[1] for line in lines] == ["run", "check", "eval", "encode", "decode", "plugins"]
+    assert [line.split()[1] for line in lines] == ["run", "check", "eval", "compare", "weights", "encode", "decode", "plugins"]
     for line in lines:
         for placeholder, value in names.items():
             line = line.replace(placeholder, value)

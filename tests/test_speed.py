@@ -32,7 +32,8 @@ encoder: {name: vqgan_encoder, stride: 4, args: {width: 8, mult: [1, 2], blocks:
 decoder: {name: conv, args: {width: 8, mult: [1, 2], blocks: 1, patch: 2}}
 codebook: {size: 32, width: 8}
 optim: {lr: 2e-3, clip: 1.0}
-log: {steps: 100, evaluate_epochs: 100, images: 2, drift_images: 2}
+log: {steps: 100, images: 2, drift_images: 2}
+evaluate: {epochs: 100}
 checkpoint: {keep: 100}
 """
 PLAIN = TINY + "plugins: {BASE: {}, nsvq: {replace_after: 0}, pixel: {}, probe: {}}"

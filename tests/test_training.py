@@ -29,7 +29,8 @@ encoder: {name: vqgan_encoder, stride: 4, args: {width: 8, mult: [1, 2], blocks:
 decoder: {name: conv, args: {width: 8, mult: [1, 2], blocks: 1, patch: 2}}
 codebook: {size: 32, width: 8}
 optim: {lr: 2e-3}
-log: {steps: 100, evaluate_epochs: 100, images: 2, drift_images: 2}
+log: {steps: 100, images: 2, drift_images: 2}
+evaluate: {epochs: 100}
 checkpoint: {keep: 100}
 """
 VQ = COMMON + """
@@ -124,13 +125,13 @@ class Finished:
 @pytest.fixture(scope="module", params=["nsvq", "simvq_nsvq"])
 def finished(request, recipe, tmp_path_factory):
     text = {"nsvq": NSVQ, "simvq_nsvq": SIMVQ}[request.param]
-    tiny = recipe(text, "log.steps=1", "log.evaluate_epochs=2", "optim.schedule=cosine", "optim.warmup_steps=2")
+    tiny = recipe(text, "log.steps=1", "evaluate.epochs=2", "optim.schedule=cosine", "optim.warmup_steps=2")
     return Finished(tiny, tmp_path_factory.mktemp(request.param) / "run")
 
 
 def test_a_run_leaves_its_artefacts(finished):
     assert {path.name for path in finished.out.iterdir()} == {
-        "recipe.yaml", "metrics.json", "reconstructions.png", "tensorboard", "checkpoints", "tokenizer"
+        "recipe.yaml", "metrics.json", "reconstructions.png", "tensorboard", "checkpoints", "tokenizer", "best"
     }
     assert {path.name for path in (finished.out / "tokenizer").iterdir()} == {"config.json", "model.safetensors"}
     assert [path.name for path in sorted((finished.out / "checkpoints").iterdir())] == [
@@ -143,10 +144,11 @@ def test_a_run_leaves_its_artefacts(finished):
 def test_metrics_json_has_its_structure(finished):
     content = json.loads((finished.out / "metrics.json").read_text())
     assert content == json.loads(json.dumps(finished.result))
-    assert set(content) == {"metrics", "run", "card"}
+    assert set(content) == {"metrics", "missing", "usage_curve", "run", "card"} and content["missing"] == {}
+    assert content["usage_curve"][-1] == [7, pytest.approx(content["metrics"]["usage"])]
     metrics = content["metrics"]
     assert set(metrics) == {
-        "psnr", "ssim", "usage", "perplexity", "codebook_size", "tokens_per_image", "bits_per_token", "images"
+        "psnr", "ssim", "usage", "perplexity", "entropy", "codebook_size", "tokens_per_image", "bits_per_token", "images"
     }
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["codebook_size"] == 32 and metrics["bits_per_token"] == 5

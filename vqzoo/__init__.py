@@ -8,13 +8,14 @@ from vqzoo.ops import all_reduce_sum
 from vqzoo.plugin import Plugin, Progress, Quantized, check_weights, hookimpl
 
 __all__ = [
-    "Codebook", "FeatureDiscriminator", "Features", "Frozen", "NonFiniteError", "PatchDiscriminator", "Plugin", "PluginError",
-    "Progress", "Quantized", "Table", "Tokenizer", "UserError", "all_reduce_sum", "check_weights", "hookimpl",
-    "load_published",
+    "Codebook", "FeatureDiscriminator", "Features", "Frozen", "LPIPSDistance", "NonFiniteError", "PatchDiscriminator",
+    "Plugin", "PluginError", "Progress", "Quantized", "Table", "Tokenizer", "UserError", "all_reduce_sum", "check_weights",
+    "hookimpl", "load_published",
 ]
 
 DEFERRED = {"FeatureDiscriminator": "discriminators", "Features": "features", "Frozen": "features",
-            "PatchDiscriminator": "discriminators", "Tokenizer": "tokenizer", "load_published": "weights"}
+            "LPIPSDistance": "lpips", "PatchDiscriminator": "discriminators", "Tokenizer": "tokenizer",
+            "load_published": "weights"}
 """Names that are imported at first use, so that a plugin's import does not load timm."""
 
 

@@ -71,11 +71,28 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", help="the run's folder; by default runs/RECIPE, then runs/RECIPE-2, ...")
     run.add_argument("--resume", action="store_true", help="continue the run in that folder")
 
-    score = command("eval", _eval, "measure a tokenizer on a folder of images")
-    score.add_argument("tokenizer", metavar="RUN_OR_TOKENIZER")
+    score = command("eval", _eval, "measure a tokenizer, or the pictures that any tool made, on a folder of images")
+    score.add_argument("what", metavar="RUN_OR_TOKENIZER_OR_FOLDER",
+                       help="a folder of pictures is paired with the images by path and name, whatever the ending")
+    score.add_argument("overrides", nargs="*", metavar="key=value", help="of a recipe's `evaluate`, such as fd.name=resnet50")
     score.add_argument("--data", required=True, help="a folder of images, at any depth")
-    score.add_argument("--json", help="also write metrics and card to this file")
+    score.add_argument("--protocol", help="short for protocol=NAME")
+    score.add_argument("--metrics", help="short for metrics=[NAME,...]")
+    score.add_argument("--json", help="also write metrics, what is missing, and the card to this file")
+    score.add_argument("--csv", help="also write each image's metrics to this file, and the worst images as a PNG beside it")
+    score.add_argument("--save-images", metavar="DIR", help="write the reconstructions there, as PNG")
+    score.add_argument("--partial", action="store_true", help="allow images without a picture in FOLDER")
+    score.add_argument("--offline", action="store_true", help="download nothing; a metric without its weights is missing")
     score.add_argument("--batch-size", type=int, default=32)
+
+    compared = command("compare", _compare, "show the results of `vqzoo eval --json` or of runs side by side")
+    compared.add_argument("results", nargs="+", metavar="JSON")
+    compared.add_argument("--mixed", action="store_true", help="allow several protocols or sets of images, and say so")
+
+    fetched = command("weights", _weights, "list, fetch or verify the published weights that metrics and losses need")
+    fetched.add_argument("action", choices=("list", "fetch", "verify"))
+    fetched.add_argument("names", nargs="*", metavar="NAME")
+    fetched.add_argument("--dir", help="their folder; by default that of VQZOO_WEIGHTS, else torch hub's cache")
 
     encode = command("encode", _encode, "turn images into tokens")
     encode.add_argument("tokenizer", metavar="RUN_OR_TOKENIZER")
@@ -94,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from vqzoo.metrics import table
+    from vqzoo.evaluation.report import table
     from vqzoo.recipe import load_recipe, shipped
     from vqzoo.trainer import Trainer
 
@@ -107,7 +124,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     count, run = result["metrics"]["images"], result["run"]
     print(f"\n{count} held-out images after {run['step']} steps in {run['seconds'] / 60:.1f} minutes\n")
-    print(table(result["metrics"]))
+    print(table(result["metrics"], result["missing"]))
     for name in result["card"]["files_left_out"]:
         print(f"vqzoo: {name} does not decode and was left out", file=sys.stderr)
     print(f"\n  reconstructions  {out / 'reconstructions.png'}\n  TensorBoard      {out / 'tensorboard'}"
@@ -132,31 +149,21 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    import torch
-    from tqdm import tqdm
+    from vqzoo.scoring import score
 
-    from vqzoo.data import DataConfig, Folder, ImageDataset, eval_batches
-    from vqzoo.metrics import card, evaluate, table, to_json
-    from vqzoo.tokenizer import Tokenizer
+    score(options)
 
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size: {options.batch_size} is less than 1")
-    tokenizer = Tokenizer.from_pretrained(options.tokenizer)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolution = list(tokenizer.config.resolution)
-    config = DataConfig(root=options.data, resolution=resolution, eval_batch_size=options.batch_size)
-    folder = Path(options.data)
-    if not folder.is_dir():
-        raise UserError(f"--data: {folder} is not a folder")
-    dataset = ImageDataset(Folder(folder, "--data"), config)
-    batches = tqdm(eval_batches(config, dataset), total=-(-len(dataset) // options.batch_size), unit="batch", disable=None)
-    metrics, bad = evaluate(tokenizer.to(device), batches, device)
-    print(table(metrics))
-    for name in bad:
-        print(f"vqzoo: {name} does not decode and was left out", file=sys.stderr)
-    if options.json:
-        how = {**card(str(folder), dataset, resolution, bad), "tokenizer": str(options.tokenizer)}
-        _write(Path(options.json), to_json({"metrics": metrics, "card": how}))
+
+def _compare(options: argparse.Namespace) -> None:
+    from vqzoo.evaluation.report import compare
+
+    print(compare(options.results, options.mixed))
+
+
+def _weights(options: argparse.Namespace) -> None:
+    from vqzoo.weights import manage
+
+    manage(options.action, options.names, options.dir)
 
 
 def _encode(options: argparse.Namespace) -> None:
@@ -199,7 +206,7 @@ def _whole(path: str, stride: int) -> tuple[int, int]:
 
 
 def _decode(options: argparse.Namespace) -> None:
-    from vqzoo.metrics import to_bytes
+    from vqzoo.data import to_bytes
     from vqzoo.monitor import save_picture
     from vqzoo.tokenizer import Tokenizer
 
@@ -248,7 +255,7 @@ def _plugins(options: argparse.Namespace) -> None:
 
     found = [_describe(source) for source in available().values()]
     if options.json:
-        from vqzoo.metrics import to_json
+        from vqzoo.evaluation.report import to_json
 
         print(to_json(found), end="")
         return
@@ -269,11 +276,3 @@ def _describe(source: Any) -> dict[str, Any]:
                 "config": asdict(config) if is_dataclass(config) else {}}
     except Exception as error:
         return {**row, "summary": f"cannot be used: {error}", "hooks": {}, "config": {}}
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise UserError(f"--json: {path} cannot be written: {error}") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
@@ -103,7 +104,7 @@ def decode(file: Any, cover: tuple[tuple[int, int], int | None] | None = None) -
 
 def _reduce(image: Image.Image, resolution: tuple[int, int], shorter: int | None) -> None:
     sideways = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # stored as columns, which are turned after decoding
-    height, width = _covering(image.size[::-1] if sideways else image.size, resolution, shorter)
+    height, width = covering(image.size[::-1] if sideways else image.size, resolution, shorter)
     image.draft(None, (height, width) if sideways else (width, height))
 
 
@@ -122,22 +123,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def crop_val(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
     """Resize until the image just covers [height, width] and keep its centre; no resampling where it fits already."""
-    height, width = _covering(image.size, resolution)
+    height, width = covering(image.size, resolution)
     return _cut(image, (height, width), resolution, (height - resolution[0]) // 2, (width - resolution[1]) // 2)
+
+
+def center(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
+    """Cut [height, width] out of the middle of an image that covers it."""
+    top, left = (image.height - resolution[0]) // 2, (image.width - resolution[1]) // 2
+    return image.crop((left, top, left + resolution[1], top + resolution[0]))
 
 
 def crop_train(
     image: Image.Image, resolution: tuple[int, int], resize: int | None, flip: bool, rng: np.random.Generator
 ) -> Image.Image:
     """Resize until the image covers [height, width] and its shorter side has `resize` pixels, then crop at random."""
-    height, width = _covering(image.size, resolution, resize)
+    height, width = covering(image.size, resolution, resize)
     down, right, side = rng.random(3)  # always three, so that `flip` does not move the crops
     top, left = int(down * (height - resolution[0] + 1)), int(right * (width - resolution[1] + 1))
     crop = _cut(image, (height, width), resolution, top, left)
     return ImageOps.mirror(crop) if flip and side < 0.5 else crop
 
 
-def _covering(size: tuple[int, int], resolution: tuple[int, int], shorter: int | None = None) -> tuple[int, int]:
+def covering(size: tuple[int, int], resolution: tuple[int, int], shorter: int | None = None) -> tuple[int, int]:
     """Return the [height, width] to which to resize an image of size (width, height), with the aspect kept."""
     width, height = size
     scale = max(resolution[0] / height, resolution[1] / width, (shorter or 0) / min(width, height))
@@ -152,7 +159,8 @@ def _cut(image: Image.Image, size: tuple[int, int], resolution: tuple[int, int],
     return image.resize((resolution[1], resolution[0]), Image.Resampling.BICUBIC, box=box)
 
 
-def _tensor(image: Image.Image) -> Tensor:
+def from_image(image: Image.Image) -> Tensor:
+    """Return an RGB image as uint8 levels [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -161,10 +169,15 @@ def to_images(images: Tensor, device: torch.device | str) -> Tensor:
     return images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Return images in [-1, 1] as the 8-bit levels [0, 255] that a file would hold, in float32; clamped and rounded."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round()
+
+
 def load_image(path: str | Path, resolution: tuple[int, int]) -> Tensor:
     """Read one file as evaluation does: uint8 [3, H, W]; UserError when it does not decode."""
     try:
-        return _tensor(crop_val(decode(path), tuple(resolution)))
+        return from_image(crop_val(decode(path), tuple(resolution)))
     except Exception as error:
         raise UserError(f"{path}: not an image that can be read ({_reason(error)})") from error
 
@@ -173,8 +186,9 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-# Sources: each has a length, name(index), image(index, cover) -> RGB, and signature(), the lines that identify its content;
-# cover is that of `decode`, and a source that decodes nothing itself passes by it
+# Sources: each has a length, name(index), image(index, cover) -> RGB, signature(), the lines that identify its content, and
+# stamp(), what says that it is the same on this machine, or None; cover is that of `decode`, and a source that decodes nothing
+# itself passes by it
 
 
 class Folder:
@@ -182,7 +196,7 @@ class Folder:
 
     def __init__(self, root: Path, key: str):
         self.root = root
-        self.names = _list_images(root)
+        self.names = list_images(root)
         if not self.names:
             raise UserError(f"{key}: no images below {root}; looked for {', '.join(sorted(EXTENSIONS))} at any depth")
 
@@ -198,8 +212,12 @@ class Folder:
     def signature(self) -> list[str]:
         return [f"{name} {(self.root / name).stat().st_size}" for name in self.names]
 
+    def stamp(self) -> list[str]:
+        found = ((name, (self.root / name).stat()) for name in self.names)
+        return [f"{name} {about.st_size} {about.st_mtime_ns}" for name, about in found]
 
-def _list_images(root: Path) -> list[str]:
+
+def list_images(root: Path) -> list[str]:
     """Return sorted relative paths; hidden and dangling entries are left out, linked folders are followed once."""
     found, seen, pending = [], set(), [str(root)]
     while pending:
@@ -243,6 +261,9 @@ class Photos:
 
     def signature(self) -> list[str]:
         return [f"{name} {box}" for _, name, box in self.tiles]
+
+    def stamp(self) -> list[str]:
+        return self.signature()
 
 
 @functools.cache
@@ -295,6 +316,9 @@ class TimmImages:
     def signature(self) -> list[str]:
         return [f"{self.prefix} {len(self)}"]
 
+    def stamp(self) -> None:
+        return None
+
 
 # Datasets
 
@@ -303,7 +327,7 @@ class ImageDataset(Dataset):
     """Crop the images of a source; `bad` collects the names of files that did not decode, with the reason.
 
     Indexed by `Key`: (image or None, position, failures). A training sample that does not decode is replaced by another
-    one drawn from (seed, position); an evaluation sample never is.
+    one drawn from (seed, position); an evaluation sample never is, and is cropped by `crop`.
     """
 
     def __init__(self, source: Any, config: DataConfig, resize: int | None = None):
@@ -311,6 +335,7 @@ class ImageDataset(Dataset):
         self.resolution = tuple(config.resolution)
         self.resize, self.flip, self.cap = resize, config.flip, config.bad_files
         self.cover = (self.resolution, resize) if config.draft else None
+        self.crop = crop_val
         self.bad: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -324,7 +349,7 @@ class ImageDataset(Dataset):
         for index in self._candidates(key):
             try:
                 image = self.source.image(index, None if key.seed is None else self.cover)
-                return _tensor(self._crop(image, key)), key.position, failures
+                return from_image(self._crop(image, key)), key.position, failures
             except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
                 failures[self.name(index)] = _reason(error)
                 if len(failures) > self.cap:
@@ -339,7 +364,7 @@ class ImageDataset(Dataset):
 
     def _crop(self, image: Image.Image, key: Key) -> Image.Image:
         if key.seed is None:
-            return crop_val(image, self.resolution)
+            return self.crop(image, self.resolution)
         rng = np.random.default_rng((key.seed, 1, key.position))
         return crop_train(image, self.resolution, self.resize, self.flip, rng)
 
@@ -375,6 +400,7 @@ class StreamDataset(IterableDataset):
     name: str
     config: DataConfig
     seed: int | None = None
+    crop: Any = crop_val
 
     def __iter__(self) -> Iterator[Tensor]:
         resolution, number = tuple(self.config.resolution), -1
@@ -384,10 +410,10 @@ class StreamDataset(IterableDataset):
             before = number
             for number, (image, *_) in enumerate(self.stream, start=before + 1):
                 if self.seed is None:
-                    yield _tensor(crop_val(to_rgb(image), resolution))
+                    yield from_image(self.crop(to_rgb(image), resolution))
                     continue
                 rng = np.random.default_rng((self.seed, 1, number, worker.id if worker else 0))
-                yield _tensor(crop_train(to_rgb(image), resolution, self.config.resize, self.config.flip, rng))
+                yield from_image(crop_train(to_rgb(image), resolution, self.config.resize, self.config.flip, rng))
             if self.seed is None:
                 return
             if number == before:
@@ -399,6 +425,15 @@ def fingerprint(dataset: ImageDataset | StreamDataset) -> str:
     lines = [dataset.name] if isinstance(dataset, StreamDataset) else sorted(dataset.source.signature())
     text = "\n".join(lines).encode("utf-8", "surrogateescape")  # a file name need not be valid text
     return hashlib.sha256(text).hexdigest()[:12]
+
+
+def stamp(dataset: ImageDataset | StreamDataset, limit: int | None = None) -> str | None:
+    """Return what identifies the images that evaluation takes from a dataset on this machine; None where nothing does."""
+    lines = None if isinstance(dataset, StreamDataset) else dataset.source.stamp()
+    if lines is None:
+        return None
+    text = "\n".join([*lines, str(dataset.resolution), str(limit), PIL.__version__]).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(text).hexdigest()
 
 
 # Choosing a dataset

@@ -40,6 +40,7 @@ def explain(recipe: Recipe) -> str:
         f"codebook {_parameters(codebook)}",
         f"schedule    {recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images",
         *_operations(recipe, ready),
+        *_measures(recipe, ready),
         f"memory      {_gib(memory.states)} weights, gradients, moments and average + {_gib(memory.activations)} activations "
         "per process, without losses' and discriminators' own",
     ]
@@ -56,6 +57,14 @@ def _operations(recipe: Recipe, ready: Prepared) -> list[str]:
     if recipe.ops.precision == "fast":
         lines.append("            fast: a search may miss the nearest code; a run shows how often, as search_disagreement")
     return lines
+
+
+def _measures(recipe: Recipe, ready: Prepared) -> list[str]:
+    """Say what is measured, by which protocol, and what will be missing."""
+    config, evaluator = recipe.evaluate, ready.evaluator
+    lines = [f"evaluation  protocol {config.protocol}: {', '.join(map(evaluator.name_of, config.metrics))}; every "
+             f"{config.epochs} epochs on {config.images or 'all'} images, at the end on all"]
+    return lines + [f"            {name} will be missing: {why}" for name, why in evaluator.missing.items()]
 
 
 def _stage(tokenizer: Tokenizer, recipe: Recipe, number: int) -> list[str]:

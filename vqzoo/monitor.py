@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vqzoo.codebook import Codebook
-from vqzoo.metrics import to_bytes
+from vqzoo.data import to_bytes
 from vqzoo.ops import code_usage, nearest_codes, search_disagreement
 from vqzoo.ops.backends import settle
 from vqzoo.tokenizer import Tokenizer

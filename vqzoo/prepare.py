@@ -10,6 +10,8 @@ from torch import nn
 
 from vqzoo.data import ImageDataset, StreamDataset, make_dataset, train_batches
 from vqzoo.errors import UserError, suggestion
+from vqzoo.evaluation import CROPS, PROTOCOLS
+from vqzoo.evaluation.evaluate import Evaluator
 from vqzoo.hookspecs import ONCE
 from vqzoo.ops import plan, use
 from vqzoo.plugin import Progress
@@ -28,6 +30,7 @@ class Prepared:
     steps_per_epoch: int
     tokenizer: Tokenizer
     discriminator: nn.Module | None
+    evaluator: Evaluator
     kept: list[str]
 
 
@@ -43,6 +46,7 @@ def _prepare(recipe: Recipe, accelerator: Accelerator) -> Prepared:
     if recipe.compile:
         check_compiler(accelerator.device)
     train, val = make_dataset(recipe.data, "train"), make_dataset(recipe.data, "val")
+    val.crop = CROPS[PROTOCOLS[recipe.evaluate.protocol].crop]
     steps = epoch_length(recipe, train)
     train_batches(recipe.data, train, recipe.seed, 0, 0, accelerator.num_processes, recipe.accumulate).close()
     tokenizer = build(recipe)
@@ -51,7 +55,8 @@ def _prepare(recipe: Recipe, accelerator: Accelerator) -> Prepared:
     kept = init_from(tokenizer, recipe.init_from) if recipe.init_from else []
     discriminator = make_discriminator(tokenizer, recipe)
     _rehearse_losses(tokenizer, discriminator, recipe, accelerator)
-    return Prepared(accelerator, train, val, steps, tokenizer, discriminator, kept)
+    evaluator = Evaluator(recipe.evaluate, accelerator.device)
+    return Prepared(accelerator, train, val, steps, tokenizer, discriminator, evaluator, kept)
 
 
 def build(recipe: Recipe) -> Tokenizer:

@@ -19,13 +19,14 @@ from yaml import YAMLError
 
 from vqzoo.data import DataConfig
 from vqzoo.errors import UserError, suggestion
+from vqzoo.evaluation import EvaluateConfig, check
 from vqzoo.manager import find
 from vqzoo.ops import BACKENDS, PRECISIONS
 
 PLAIN = re.compile(r"\$\{[^${}:]*\}")
 """An interpolation that names another key, as opposed to a resolver, `${name:...}`."""
 
-HARMLESS = ("log", "checkpoint", "data.workers", "data.eval_batch_size", "ops.backend", "versions")
+HARMLESS = ("log", "evaluate", "checkpoint", "data.workers", "data.eval_batch_size", "ops.backend", "versions")
 """The keys whose change does not alter what a run trains."""
 
 
@@ -78,10 +79,9 @@ class StageConfig:
 
 @dataclass
 class LogConfig:
-    """steps between TensorBoard entries, epochs between evaluations; images pictured, images on which drift is measured."""
+    """Steps between TensorBoard entries; images pictured, images on which drift is measured."""
 
     steps: int = 50
-    evaluate_epochs: int = 1
     images: int = 8
     drift_images: int = 32
 
@@ -123,6 +123,7 @@ class Recipe:
     discriminator_optim: OptimConfig = field(default_factory=OptimConfig)
     stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
     log: LogConfig = field(default_factory=LogConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -309,6 +310,15 @@ def refuse_resolvers(value: Any, where: str, key: str = "") -> None:
             raise UserError(f"{where}: {key}: {value!r} is not allowed; ${{...}} may name another key and nothing else")
 
 
+def parse_overrides(overrides: list[str], schema: DictConfig) -> DictConfig:
+    """Return `key=value` overrides as keys that a schema has; a UserError names another."""
+    raw = OmegaConf.create({})
+    for override in overrides:
+        _override(raw, override)
+    _check_keys(raw, schema)
+    return raw
+
+
 def _override(raw: DictConfig, override: str) -> None:
     """Set one key; a mapping or a list replaces what was there."""
     key, equals, text = override.partition("=")
@@ -372,7 +382,7 @@ def _check_values(recipe: Recipe) -> None:
         raise UserError(f"{key}: {value!r} will not do; {rule}")
 
     for key in ("epochs", "accumulate", "codebook.size", "codebook.width", "encoder.stride", "data.batch_size",
-                "data.eval_batch_size", "log.steps", "log.evaluate_epochs", "log.images", "log.drift_images",
+                "data.eval_batch_size", "log.steps", "log.images", "log.drift_images",
                 "checkpoint.epochs", "checkpoint.keep"):
         value = recipe
         for part in key.split("."):
@@ -393,6 +403,7 @@ def _check_values(recipe: Recipe) -> None:
     for key, optim in (("optim", recipe.optim), ("discriminator_optim", recipe.discriminator_optim)):
         _check_optim(optim, key, refuse)
     _check_stages(recipe, refuse)
+    check(recipe.evaluate)
 
 
 def _check_optim(optim: OptimConfig, key: str, refuse: Any) -> None:

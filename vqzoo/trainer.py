@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vqzoo import checkpoint
-from vqzoo.data import Batch, eval_batches, to_images, train_batches
+from vqzoo.data import Batch, eval_batches, stamp, to_images, train_batches
 from vqzoo.errors import NonFiniteError, PluginError, UserError
-from vqzoo.metrics import card, evaluate, hardware, to_json
+from vqzoo.evaluation import better
+from vqzoo.evaluation.evaluate import Result
+from vqzoo.evaluation.report import card, data_card, hardware, to_json, versions_of_metrics
 from vqzoo.monitor import Drift, Monitor, memory, panel, save_picture
 from vqzoo.ops import all_reduce_sum, code_usage, gather_names, gather_rows, perplexity, usage, use
 from vqzoo.plugin import Progress
@@ -48,6 +50,7 @@ class Counters:
     losses: list[str] = field(default_factory=list)
     transitions: list[dict[str, Any]] = field(default_factory=list)
     files_left_out: list[str] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -57,7 +60,7 @@ class Trainer:
         self.recipe, self.out, self.resume = recipe, Path(out), resume
         saved = self._find_checkpoint(resume)
         ready = prepare(_without_weights(recipe) if saved else recipe)
-        self.accelerator, self.kept = ready.accelerator, ready.kept
+        self.accelerator, self.kept, self.evaluator = ready.accelerator, ready.kept, ready.evaluator
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         self.train_data, self.val_data = ready.train_data, ready.val_data
         self.steps_per_epoch = ready.steps_per_epoch
@@ -160,6 +163,8 @@ class Trainer:
             self.monitor.say(f"{self.out} holds no checkpoint to resume from: starting afresh")
         if self.saved:
             self.monitor.say(f"resumed from {self.saved}", self.counters.step)
+        for name, why in self.evaluator.missing.items():
+            self.monitor.say(f"evaluate.metrics: {name} will be missing: {why}")
         if self.kept and not self.saved:
             self.monitor.say(f"init_from {self.recipe.init_from} has no fitting tensor for {', '.join(self.kept)}", 0)
         self._begin_stage(resumed=self.saved is not None)
@@ -562,17 +567,30 @@ class Trainer:
                      "replaced": int(self.replaced)}
             self.monitor.scalars(codes, step, "codes")
             self.monitor.codes(self.epoch_counts, self.code_ages, step)
-        if epoch % recipe.log.evaluate_epochs or epoch == recipe.epochs:  # after the last, all images are evaluated
+        if epoch % recipe.evaluate.epochs or epoch == recipe.epochs:  # after the last, all images are evaluated
             return
-        metrics, _ = self._evaluate(limit=max(256, recipe.data.eval_batch_size))
+        metrics = self._evaluate(recipe.evaluate.images).metrics
         self.monitor.scalars(metrics, step, "held_out")
+        self._keep_best(metrics)
         if self.main:
             self._show_pictures()
 
-    def _evaluate(self, limit: int | None = None) -> tuple[dict[str, float], list[str]]:
+    def _evaluate(self, limit: int | None = None) -> Result:
         batches = eval_batches(self.recipe.data, self.val_data, self.accelerator.process_index,
                                self.accelerator.num_processes, limit)
-        return evaluate(self._averaged(), batches, self.device)
+        return self.evaluator.tokenizer(self._averaged(), batches, stamp(self.val_data, limit))
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        """Export the tokenizer to `best` if it is better than at any evaluation before; the last is what is reported."""
+        config = self.recipe.evaluate
+        chosen = config.best or next(iter(config.metrics), None)
+        value = metrics.get(self.evaluator.name_of(chosen)) if chosen else None
+        if value is None or not better(chosen, value, self.counters.best.get("value")):
+            return
+        self.counters.best = {"metric": self.evaluator.name_of(chosen), "value": value, "step": self.counters.step,
+                              "epoch": self.counters.epoch + 1, "images": config.images}
+        if self.main:
+            self._averaged().save_pretrained(self.out / "best")
 
     def _picture_before(self, names: list[str]) -> None:
         """Keep the pictures as they are when a loss joins: the adversarial one, above all.
@@ -649,31 +667,36 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Evaluate on all held-out images, and leave metrics.json, the picture and the exported tokenizer."""
         counters, recipe = self.counters, self.recipe
-        metrics, bad = self._evaluate()
+        found = self._evaluate()
         counters.seconds = time.monotonic() - self.began
         seen = counters.step * recipe.data.batch_size
         result = {
-            "metrics": metrics,
+            "metrics": found.metrics,
+            "missing": found.missing,
+            "usage_curve": found.usage_curve,
             "run": {
                 "step": counters.step, "epoch": counters.epoch, "stage": self.stage, "transitions": counters.transitions,
                 "images_per_second": seen / counters.seconds, "seconds": counters.seconds,
-                "files_left_out": counters.files_left_out, "finished": True,
+                "files_left_out": counters.files_left_out, "best": counters.best, "finished": True,
             },
-            "card": {
-                **card(recipe.data.name, self.val_data, recipe.data.resolution, bad),
-                "split": recipe.data.val,
-                "weights": f"moving average, decay {recipe.ema}" if recipe.ema else "as trained",
-                "seed": recipe.seed,
-                "hardware": hardware(self.device, self.accelerator.num_processes),
-                "versions": versions(list(recipe.plugins)),
-            },
+            "card": card(
+                self.evaluator, found,
+                **data_card(recipe.data.name, self.val_data, recipe.data.resolution),
+                split=recipe.data.val,
+                weights=f"moving average, decay {recipe.ema}" if recipe.ema else "as trained",
+                seed=recipe.seed,
+                hardware=hardware(self.device, self.accelerator.num_processes),
+                versions=versions_of_metrics() | versions(list(recipe.plugins)),
+            ),
         }
         if self.main:
             checkpoint.write_text(self.out / "metrics.json", to_json(result))
             save_picture(self._show_pictures(), self.out / "reconstructions.png")
             self._averaged().save_pretrained(self.out / "tokenizer")
             for group in ("held_out", "final"):
-                self.monitor.scalars(metrics, counters.step, group)
+                self.monitor.scalars(found.metrics, counters.step, group)
+            for images, share in found.usage_curve:  # the axis is images, not steps
+                self.monitor.scalars({"usage_against_images": share}, images, "final")
         self.accelerator.wait_for_everyone()
         return result
 

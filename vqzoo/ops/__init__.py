@@ -12,7 +12,7 @@ from vqzoo.ops.adversarial import (
 )
 from vqzoo.ops.assignment import soft_assignments
 from vqzoo.ops.backends import BACKENDS, PRECISIONS, use
-from vqzoo.ops.collective import all_reduce_sum, broadcast, gather_names, gather_rows
+from vqzoo.ops.collective import all_reduce_sum, broadcast, gather_names, gather_ragged, gather_rows
 from vqzoo.ops.embedding import embedding_losses, straight_through
 from vqzoo.ops.nearest import nearest_codes, search_disagreement
 from vqzoo.ops.nonstationary import nonstationary_loss
@@ -31,6 +31,7 @@ __all__ = [
     "discriminator_loss",
     "embedding_losses",
     "gather_names",
+    "gather_ragged",
     "gather_rows",
     "generator_loss",
     "gradient_ratio",

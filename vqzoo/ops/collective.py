@@ -27,6 +27,19 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def gather_ragged(tensor: Tensor) -> Tensor:
+    """Concatenate the rows of all processes, as `gather_rows` does, where each may have another number of them."""
+    if _processes() == 1:
+        return tensor.detach()
+    counts = gather_rows(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    most = max(1, *counts)
+    padded = tensor.new_zeros(most, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    rows = gather_rows(padded).split(most)
+    return torch.cat([part[:count] for part, count in zip(rows, counts, strict=True)])
+
+
+@torch.no_grad()
 def broadcast(tensor: Tensor) -> Tensor:
     """Return the first process's tensor on every process, no gradient."""
     if _processes() == 1:
