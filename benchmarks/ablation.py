@@ -7,7 +7,6 @@ distance, which is therefore no rFID. A cell that is finished is not run again, 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -18,8 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vqzoo import Features, Tokenizer, UserError
-from vqzoo.data import eval_batches, make_dataset, to_bytes, to_images
+from vqzoo import UserError
 from vqzoo.recipe import Recipe, changes, load_recipe, plain
 
 ROWS = ("neither", "dense", "joint", "joint_warm_up", "joint_refine", "full")
@@ -48,8 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(cells), initial=len(cells) - len(todo), unit="run") as bar:
         for _ in pool.map(Cell.run, todo):
             bar.update()
-    score = Frechet(options.features, options.weights)
-    results = [cell.result(score) for cell in cells if cell.finished()]
+    results = [cell.result() for cell in cells if cell.finished()]
     (options.out / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
     print(table(results))
     failed = [cell.name for cell in cells if not cell.finished()]
@@ -67,7 +64,9 @@ class Cell:
         args = json.dumps(FEATURES.get(options.features, {}))
         self.overrides = [
             f"seed={seed}", f"data.root={options.data}", f"plugins.perceptual.network={options.features}",
-            f"plugins.perceptual.pretrained={options.weights}", f"plugins.perceptual.args={args}", *options.overrides,
+            f"plugins.perceptual.pretrained={options.weights}", f"plugins.perceptual.args={args}",
+            "evaluate.metrics=[psnr,ssim,usage,perplexity,fd]", f"evaluate.fd.name={options.features}", "evaluate.fd.size=null",
+            f"evaluate.fd.pretrained={options.weights}", f"evaluate.fd.args={args}", *options.overrides,
         ]
         self.recipe: Recipe = load_recipe(str(HERE / f"{row}.yaml"), self.overrides)
 
@@ -84,58 +83,19 @@ class Cell:
         with open(f"{self.out}.log", "w") as log:
             subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    def result(self, score: "Frechet") -> dict:
-        """Return the run's numbers with the Fréchet distance, which is measured once and kept beside them."""
-        kept = self.out / f"frechet_{score.name}.json"
-        if not kept.exists():
-            kept.write_text(json.dumps(score(self.recipe, self.out)))
+    def result(self) -> dict:
+        """Return the run's numbers and its recipe."""
         found = json.loads((self.out / "metrics.json").read_text())
-        found["metrics"].update(json.loads(kept.read_text()))
-        found["card"]["frechet"] = score.card
         recipe = plain(self.recipe)
         recipe["data"].pop("root")  # where the data lie says nothing about them; the card has their fingerprint
         recipe["plugins"]["perceptual"].pop("pretrained")
+        recipe["evaluate"]["fd"].pop("pretrained")
         return {"bench": "ablation", "row": self.row, "seed": self.seed, **found, "recipe": recipe}
-
-
-class Frechet:
-    """Measure the Fréchet distance of held-out images and reconstructions, on mean-pooled last features of a timm network."""
-
-    def __init__(self, name: str, weights: str):
-        self.name = name
-        self.card = {"features": f"{name}, last layer, mean over positions, of 8-bit images at the run's resolution",
-                     "weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest()}
-        self.features = Features(name, (-1,), weights, FEATURES.get(name, {}))
-        self.of_images: dict[str, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def __call__(self, recipe: Recipe, run: Path) -> dict[str, float]:
-        tokenizer = Tokenizer.from_pretrained(run)
-        real, fake = [], []
-        data = make_dataset(recipe.data, "val")
-        for batch in tqdm(eval_batches(recipe.data, data), desc=f"Fréchet {run.name}", leave=False):
-            images = to_images(batch.images, torch.device("cpu"))
-            fake.append(self.pooled(tokenizer(images).reconstructions))
-            if "real" not in self.of_images:
-                real.append(self.pooled(images))
-        self.of_images.setdefault("real", torch.cat(real) if real else None)
-        return {f"frechet_{self.name}": distance(self.of_images["real"], torch.cat(fake))}
-
-    def pooled(self, images: torch.Tensor) -> torch.Tensor:
-        images = to_bytes(images) / 127.5 - 1
-        return self.features(images)[0].mean((2, 3)).double()
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the Fréchet distance of two sets of features [M, C] as Gaussians: |μ - μ'|² + tr(Σ + Σ' - 2 (Σ Σ')^½)."""
-    means, covariances = (one.mean(0), other.mean(0)), (one.T.cov(), other.T.cov())
-    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt()
-    return float((means[0] - means[1]).square().sum() + sum(c.trace() for c in covariances) - 2 * roots.sum())
 
 
 def table(results: list[dict]) -> str:
     """Return mean ± standard deviation over seeds of each row's metrics, as Markdown."""
-    frechet = next((name for name in results[0]["metrics"] if name.startswith("frechet_")), "") if results else ""
+    frechet = next((name for name in results[0]["metrics"] if name.startswith("fd_")), "") if results else ""
     names = {"usage": 100, "perplexity": 1, "psnr": 1, "ssim": 100, frechet: 1}
     lines = [f"| row | seeds | usage % | perplexity | PSNR dB | SSIM % | {frechet.replace('_', ' ')} |", "|---" * 7 + "|"]
     for row in dict.fromkeys(result["row"] for result in results):

@@ -13,6 +13,15 @@ from vqzoo import manager
 from vqzoo.recipe import load_recipe
 
 
+@pytest.fixture(scope="session", autouse=True)
+def alone(tmp_path_factory):
+    """Download nothing, and leave nothing in the user's cache; what a test launches does not either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VQZOO_OFFLINE", "1")
+        patch.setenv("VQZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_photos(tmp_path_factory):
     """A folder of smooth 40x40 pictures: 16 in train, 7 in val."""

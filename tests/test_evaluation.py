@@ -47,11 +47,6 @@ log: {images: 2, drift_images: 2}
 """
 
 
-@pytest.fixture(autouse=True)
-def no_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("VQZOO_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory):
     """Return a file of random weights for the Inception network."""
@@ -628,6 +623,7 @@ def test_weights_are_listed_fetched_and_verified(tmp_path, monkeypatch):
         monkeypatch.delitem(SOURCES, name)
     monkeypatch.setitem(SOURCES, "net", Source(file.as_uri(), 7, sha256(file), "a test"))
     monkeypatch.setenv("VQZOO_WEIGHTS", str(tmp_path / "elsewhere"))
+    monkeypatch.delenv("VQZOO_OFFLINE")
     place = ["--dir", tmp_path / "here"]
     assert "net: not here" in succeed("weights", "list", *place).out
     succeed("weights", "verify", *place)

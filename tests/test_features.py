@@ -178,6 +178,7 @@ def test_a_frozen_network_follows_its_argument():
 def source(tmp_path, monkeypatch):
     """Publish a small file, under the name "net", for a hub cache that is empty."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.delenv("VQZOO_OFFLINE")
     file = tmp_path / "net-00000000.pth"
     torch.save({"features.weight": torch.ones(1, 2, dtype=torch.float16), "features.bias": torch.zeros(1)}, file)
     made = Source(file.as_uri(), file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
@@ -447,6 +448,7 @@ def test_a_run_trains_with_both_and_its_tokenizer_needs_neither(recipe, backbone
 def test_missing_weights_end_a_run_before_its_folder_is_made(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    monkeypatch.delenv("VQZOO_OFFLINE")
     with pytest.raises(UserError, match=r"plugins\.lpips\.weights: squeezenet1_1-b8a52dc0\.pth.*no route.*hub/checkpoints"):
         Trainer(recipe(RUN.replace("WEIGHTS", "null")), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -152,8 +152,7 @@ def test_metrics_count_each_held_out_image_once(runs):
     assert (two["card"]["hardware"]["processes"], one["card"]["hardware"]["processes"]) == (2, 1)
 
 
-def test_an_evaluation_by_two_processes_is_that_of_one(runs, small_photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("VQZOO_CACHE", str(tmp_path / "cache"))
+def test_an_evaluation_by_two_processes_is_that_of_one(runs, small_photos, tmp_path):
     metrics = "metrics=[psnr,ssim,usage,perplexity,fd,fd_kid,fd_precision,fd_recall]"
     fd = ["fd.name=resnet10t", "fd.pretrained=false", "fd.size=32"]
     command = ["eval", str(runs.one), metrics, *fd, "--data", str(small_photos / "val"), "--batch-size", "2"]

@@ -123,6 +123,19 @@ def test_the_table_of_results_is_what_was_recorded():
         assert rows[row["recipe"]] == f"{m['usage']:.1%} | {m['perplexity']:,.0f} | {m['psnr']:.2f} dB | {m['ssim']:.3f}"
 
 
+def test_the_table_of_protocols_is_what_was_recorded():
+    (results,) = re.findall(r"\[the same tokenizers by three protocols\]\(([^)]+)\)", README)
+    found = {}
+    for line in (ROOT / results).read_text().splitlines():
+        row = json.loads(line)
+        assert row["card"]["protocol"] == row["protocol"] and row["metrics"]["images"] == 1505
+        found.setdefault(row["recipe"], []).append(row["metrics"])
+    forms = {"psnr": "{:.2f}", "ssim": "{:.3f}", "fd_mobilenetv2_100": "{:.0f}"}
+    for recipe, metrics in found.items():
+        wanted = [form.format(metric[name]) for name, form in forms.items() for metric in metrics]
+        assert f"| {recipe.removeprefix('photos128_')} | {' | '.join(wanted)} |" in README, recipe
+
+
 def test_the_table_of_the_ablation_is_what_was_recorded():
     (results,) = re.findall(r"\[18 runs\]\(([^)]+)\)", README)
     found = {}

@@ -1,6 +1,7 @@
 """The trainer: one loop, in order. It asks hooks wherever a method could differ, and decides nothing about codebooks."""
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -583,11 +584,12 @@ class Trainer:
     def _keep_best(self, metrics: dict[str, float]) -> None:
         """Export the tokenizer to `best` if it is better than at any evaluation before; the last is what is reported."""
         config = self.recipe.evaluate
-        chosen = config.best or next(iter(config.metrics), None)
-        value = metrics.get(self.evaluator.name_of(chosen)) if chosen else None
-        if value is None or not better(chosen, value, self.counters.best.get("value")):
+        candidates = [self.evaluator.name_of(name) for name in ([config.best] if config.best else config.metrics)]
+        chosen = next((name for name in candidates if name in metrics), "")
+        value = metrics.get(chosen, math.nan)
+        if not better(chosen, value, self.counters.best.get("value")):
             return
-        self.counters.best = {"metric": self.evaluator.name_of(chosen), "value": value, "step": self.counters.step,
+        self.counters.best = {"metric": chosen, "value": value, "step": self.counters.step,
                               "epoch": self.counters.epoch + 1, "images": config.images}
         if self.main:
             self._averaged().save_pretrained(self.out / "best")

@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ class Pooled(nn.Module):
         self.eval().requires_grad_(False)
         self.width = self._pooled(torch.zeros(1, 3, size or 128, size or 128)).shape[1]
         made = f"{size} x {size}, bicubic, antialiased" if size else "the images' own size"
-        self.card = {"network": f"timm {name}, pooled features ({self.width})", "pretrained": str(pretrained),
+        weights = Path(pretrained).name if isinstance(pretrained, str) else "timm's" if pretrained else "random, seed 0"
+        self.card = {"network": f"timm {name}, pooled features ({self.width})", "weights": weights,
                      "sha256": digest(self.model), "input": made}
 
     def forward(self, levels: Tensor) -> Tensor:

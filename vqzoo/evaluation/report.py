@@ -7,13 +7,15 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vqzoo.data import ImageDataset, StreamDataset, fingerprint
 from vqzoo.errors import UserError
-from vqzoo.evaluation.evaluate import Evaluator, Result
+
+if TYPE_CHECKING:  # what reads results need not load networks
+    from vqzoo.evaluation.evaluate import Evaluator, Result
 
 FORMS = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "ms_ssim": "{:.4f}", "lpips": "{:.4f}", "rfid": "{:.3f}", "gfid": "{:.3f}",
          "kid": "{:.6f}", "fd_kid": "{:.6f}", "fd": "{:.3f}", "precision": "{:.4f}", "recall": "{:.4f}",
@@ -22,7 +24,7 @@ FORMS = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "ms_ssim": "{:.4f}", "lpips": "{
 """How values are written, by the first part of a metric's name; others are whole numbers."""
 
 
-def card(evaluator: Evaluator, result: Result, **more: Any) -> dict[str, Any]:
+def card(evaluator: "Evaluator", result: "Result", **more: Any) -> dict[str, Any]:
     """Say how numbers were made, so that they can be compared or refused."""
     return {"protocol": evaluator.config.protocol, **evaluator.protocol.card(), "images": len(result.positions),
             "pixels_sha256": result.pixels, "networks": result.networks, "files_left_out": result.left_out, **more}
@@ -143,7 +145,7 @@ def _short(value: Any) -> str:
 # Each image
 
 
-def write_table(file: Path, result: Result, names: list[str]) -> None:
+def write_table(file: Path, result: "Result", names: list[str]) -> None:
     """Write the table of images as CSV: a row per image, in the order of the images."""
     columns = list(result.table)
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
@@ -153,7 +155,7 @@ def write_table(file: Path, result: Result, names: list[str]) -> None:
             writer.writerow([names[position], *(f"{result.table[column][number]:.6g}" for column in columns)])
 
 
-def worst(result: Result, count: int) -> tuple[str, list[int]]:
+def worst(result: "Result", count: int) -> tuple[str, list[int]]:
     """Return the first metric of the table, and the positions of the images that are the worst by it, the worst first."""
     from vqzoo.evaluation.config import better
 
