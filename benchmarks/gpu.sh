@@ -46,6 +46,9 @@ train() {
   python -m vqzoo run "benchmarks/gpu/$method.yaml" "data.root=$DATA" "$@" --out "$run"
   cp "$run/metrics.json" "$OUT/$method.json"
   cp "$run/reconstructions.png" "$OUT/$method.png"
+  # how fast an evaluation is: the features of an untrained ResNet-50 cost what those of a trained one do
+  python -m vqzoo eval "$run" --data "$DATA/val" "metrics=[psnr,ssim,usage,fd]" fd.name=resnet50 fd.pretrained=false \
+    --batch-size 64 --json "$OUT/${method}_eval.json"
 }
 
 case "${1:-}" in

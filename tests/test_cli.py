@@ -103,7 +103,7 @@ def test_run_prints_the_table_the_paths_and_what_to_try_next(trained):
     assert rows["ssim"] == f"{metrics['ssim']:.4f}"
     assert rows["usage"] == f"{metrics['usage']:.1%}"
     assert rows["perplexity"] == f"{metrics['perplexity']:,.1f}"
-    assert rows["codebook size"] == "24" and rows["images"] == "7"
+    assert rows["codebook_size"] == "24" and rows["images"] == "7"
     for name, path in {"reconstructions": "reconstructions.png", "TensorBoard": "tensorboard", "tokenizer": "tokenizer",
                        "all numbers": "metrics.json"}.items():
         assert rows[name] == str(trained.folder / path) and Path(rows[name]).exists()

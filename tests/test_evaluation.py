@@ -454,7 +454,7 @@ def test_a_mistake_is_named_by_its_key(fields, text):
 
 
 def test_better_knows_the_direction_of_every_metric():
-    lower = {"lpips_alex", "lpips_squeeze", "lpips_vgg", "rfid", "kid", "fd", "fd_kid"}
+    lower = {"lpips_alex", "lpips_squeeze", "lpips_vgg", "rfid", "kid", "fd", "fd_kid", "gfid"}
     for name in METRICS:
         assert better(name, 1.0, 2.0) is (name in lower), name
         assert better(name, 2.0, 1.0) is (name not in lower), name
@@ -509,11 +509,11 @@ def test_saved_reconstructions_score_as_the_tokenizer_does(trained, small_photos
         assert other["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6)
     assert other["card"]["fingerprint"] == one["card"]["fingerprint"]
     assert other["card"]["pixels_sha256"] == one["card"]["pixels_sha256"]
-    assert "pictures has no tokens" in call("eval", tmp_path / "made", "--data", cropped).out
+    assert "pictures has no tokens" in call("eval", tmp_path / "made", "--data", cropped, "--metrics", "psnr,usage").out
     # the same pictures, against images that are larger: cropped as the protocol crops
     succeed("eval", tmp_path / "made", names, *fd, "--data", data, "--json", tmp_path / "c.json")
     assert read(tmp_path / "c.json")["metrics"]["psnr"] == pytest.approx(one["metrics"]["psnr"])
-    assert read(tmp_path / "c.json")["card"]["images_cropped_to_reconstructions"] == 7
+    assert read(tmp_path / "c.json")["card"]["images_fitted_to_reconstructions"] == 7
 
 
 def test_pairs_are_matched_by_name_each_at_its_own_size(tmp_path):
@@ -558,15 +558,15 @@ def test_the_table_of_images_and_the_worst(trained, small_photos, tmp_path):
         first = np.asarray(worst.crop((0, 0, 32, 32)))
     lowest = min(rows, key=lambda row: float(row["psnr"]))["image"]
     assert np.array_equal(first, np.asarray(crop_val(Image.open(small_photos / "val" / lowest), (32, 32))))
-    assert "the worst by psnr" in done.out
+    assert f"by psnr, the worst first: {lowest}," in done.out
 
 
 def test_samples_against_a_folder_and_against_published_statistics(inception, small_photos, tmp_path):
-    arguments = ["eval", small_photos / "train", "--protocol", "adm-gfid", "--metrics", "rfid,kid,psnr"]
-    succeed(*arguments, "--data", small_photos / "val", "--json", tmp_path / "a.json")
+    arguments = ["eval", small_photos / "train", "--protocol", "adm-gfid", "--metrics", "gfid,kid"]
+    done = succeed(*arguments, "--data", small_photos / "val", "--json", tmp_path / "a.json")
     found = read(tmp_path / "a.json")
-    assert set(found["metrics"]) == {"gfid", "kid", "kid_std", "images"} and found["metrics"]["images"] == 16
-    assert "no images of which they are" in found["missing"]["psnr"]
+    assert set(found["metrics"]) == {"gfid", "kid", "images"} and found["metrics"]["images"] == 16
+    assert "gfid: 16 images are fewer than the 2048 features" in done.err and found["card"]["notes"]
     network = Inception("tensorflow", "x")
     features = network(torch.stack([torch.from_numpy(np.array(Image.open(f).convert("RGB"))).permute(2, 0, 1)
                                     for f in sorted((small_photos / "val").iterdir())]).float()).double().numpy()
@@ -576,11 +576,19 @@ def test_samples_against_a_folder_and_against_published_statistics(inception, sm
     assert other["metrics"]["gfid"] == pytest.approx(found["metrics"]["gfid"], rel=1e-4) and "kid" in other["missing"]
     np.savez(tmp_path / "wrong.npz", mu=np.zeros(3))
     refused("no .npz file with mu and sigma", *arguments, "--data", tmp_path / "wrong.npz")
+    np.savez(tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
+    refused("moments of Inception's features", *arguments, "--data", tmp_path / "wrong.npz")
+    refused("'psnr' cannot be measured by protocol 'adm-gfid'", *arguments[:4], "--metrics", "psnr", "--data", tmp_path)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    picture(16, 16).save(mixed / "a.png")
+    picture(16, 20).save(mixed / "b.png")
+    refused("samples are of 2 sizes (a.png 16x16, b.png 16x20)", "eval", mixed, *arguments[2:], "--data", mixed)
 
 
 def test_mistakes_of_the_command_are_named(trained, small_photos, tmp_path):
     val = small_photos / "val"
-    refused("not a folder; name a run", "eval", tmp_path / "nowhere", "--data", val)
+    refused("neither an exported tokenizer", "eval", tmp_path / "nowhere", "--data", val)
     refused("--data: ", "eval", trained, "--data", tmp_path / "nowhere")
     refused("metrics: 'fid' is no metric", "eval", trained, "--data", val, "--metrics", "fid")
     refused("protocol: 'adm'", "eval", trained, "--data", val, "--protocol", "adm")
@@ -590,6 +598,14 @@ def test_mistakes_of_the_command_are_named(trained, small_photos, tmp_path):
     refused("adm-gfid compares a folder of samples", "eval", trained, "--data", val, "--protocol", "adm-gfid")
     (tmp_path / "file").write_text("")
     refused("--json: ", "eval", trained, "--data", val, "--json", tmp_path / "file" / "x.json")
+    refused("--save-images: ", "eval", trained, "--data", val, "--save-images", val / "made")
+    refused("--csv: ", "eval", trained, "--data", val, "--csv", val / "x.csv")
+    refused("images: is a matter of training", "eval", trained, "--data", val, "images=5")
+    refused("say the same thing", "eval", trained, "--data", val, "--protocol", "simvq", "protocol=vqzoo")
+    refused("'resnet500'", "eval", trained, "--data", val, "--metrics", "fd", "fd.name=resnet500")
+    refused("nothing that was asked for", "eval", trained, "--data", val, "--metrics", "lpips_vgg")
+    refused("'gfid' cannot be measured by protocol 'vqzoo'", "eval", trained, "--data", val, "--metrics", "gfid")
+    assert "ssim" in succeed("eval", trained, "--data", val, "--metrics", "[psnr,ssim]").out
     refused("--csv: none of the metrics", "eval", trained, "--data", val, "--metrics", "usage", "--csv", tmp_path / "x.csv")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -612,7 +628,12 @@ def test_results_side_by_side_and_what_must_not_stand_there(trained, small_photo
     (other / "00.png").unlink()
     succeed("eval", trained, "--data", other, "--json", tmp_path / "d.json")
     refused("fingerprint", "compare", files["a"], tmp_path / "d.json")
-    refused("not what `vqzoo eval --json` writes", "compare", files["a"], trained / "recipe.yaml")
+    refused("not what `vqzoo eval --json` or a run", "compare", files["a"], trained / "recipe.yaml")
+    assert succeed("compare", files["a"], trained).out.splitlines()[2].startswith(f"| {files['a']} |")
+    fd = ["--metrics", "fd", "fd.name=resnet10t", "fd.pretrained=false", "fd.size=32", "--data", small_photos / "val"]
+    succeed("eval", trained, *fd, "--json", tmp_path / "e.json")
+    succeed("eval", trained, *fd, "fd.args.mean=[0.1,0.2,0.3]", "--json", tmp_path / "f.json")
+    refused("network of fd_resnet10t_random", "compare", tmp_path / "e.json", tmp_path / "f.json")
 
 
 def test_weights_are_listed_fetched_and_verified(tmp_path, monkeypatch):
@@ -650,12 +671,13 @@ def test_a_run_measures_what_its_recipe_says_and_keeps_the_best(tiny_runs, small
         done = succeed("run", tmp_path / "r.yaml", "--out", tmp_path / "run")
         checked = succeed("check", tmp_path / "r.yaml").out
     assert "protocol simvq: fd_resnet10t_random, psnr, rfid; every 1 epochs on 5 images" in checked
-    assert "rfid will be missing" in checked and "rfid will be missing" in done.err and "rfid: missing" in done.out
+    assert "rfid will be missing" in checked and "rfid will be missing" in done.err and "missing: rfid: " in done.out
     found = read(tmp_path / "run" / "metrics.json")
     assert set(found["metrics"]) == {"fd_resnet10t_random", "psnr", "tokens_per_image", "codebook_size", "images"}
     assert found["card"]["protocol"] == "simvq" and found["card"]["networks"]["fd_resnet10t_random"]["sha256"]
     best = found["run"]["best"]
-    assert best["metric"] == "fd_resnet10t_random" and 1 <= best["epoch"] <= 3 and best["images"] == 5
+    assert best["metric"] == "fd_resnet10t_random" and 1 <= best["epoch"] <= 4 and best["images"] == 5
+    assert f"the best         {tmp_path / 'run' / 'best'}: fd_resnet10t_random" in done.out
     succeed("eval", tmp_path / "run" / "best", "--data", small_photos / "val")
     succeed("eval", tmp_path / "run", "--protocol", "simvq", "--metrics", "psnr", "--data", small_photos / "val", "--json",
             tmp_path / "x.json")

@@ -36,6 +36,7 @@ def test_the_script_trains_and_leaves_its_results(small_photos, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "nsvq.json").read_text())["run"]["step"] == 3 and (tmp_path / "nsvq.png").exists()
+    assert json.loads((tmp_path / "nsvq_eval.json").read_text())["metrics"]["images"] == 7
 
 
 def test_the_script_says_how_to_use_it(tmp_path):

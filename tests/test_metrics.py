@@ -281,8 +281,8 @@ def test_the_table_shows_every_metric():
     rows = dict(line.strip().split(maxsplit=1) if "  " not in line.strip() else line.strip().split("  ", 1)
                 for line in table(metrics).splitlines())
     assert {name: value.strip() for name, value in rows.items()} == {
-        "psnr": "23.46 dB", "ssim": "0.8765", "usage": "98.8%", "perplexity": "1,234.6", "codebook size": "8,192",
-        "bits per token": "13 bits", "tokens per image": "256", "images": "50,000",
+        "psnr": "23.46 dB", "ssim": "0.8765", "usage": "98.8%", "perplexity": "1,234.6", "codebook_size": "8,192",
+        "bits_per_token": "13 bits", "tokens_per_image": "256", "images": "50,000",
     }
     assert len({len(line) for line in table(metrics).splitlines()}) == 1
 

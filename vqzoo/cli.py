@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -16,6 +17,17 @@ NEXT = """next:
   vqzoo decode {out} tokens.safetensors --out decoded
   vqzoo eval {out} --data FOLDER_OF_PHOTOS"""
 
+EVAL_HELP = """metrics     psnr ssim ms_ssim lpips_alex lpips_squeeze lpips_vgg
+            usage perplexity entropy bits_per_token
+            rfid kid precision recall (gfid for adm-gfid): on Inception's features
+            fd fd_kid fd_precision fd_recall: on those of any timm network, which fd.name names
+protocols   vqzoo (default) simvq taming adm-gfid
+key=value   fd.name=NAME; fd.pretrained=FILE for its weights, or true for timm's; fd.size=224, the side of its
+            input in pixels, or null for the images' own; fd.args.KEY=VALUE for timm, or mean and std
+environment VQZOO_WEIGHTS, the folder of published weights; VQZOO_CACHE, that of reference statistics;
+            VQZOO_OFFLINE=1 for no download at all
+"""
+
 NO_NAME = ("", ".", "..", "__metadata__")
 """Names that no tokens have: the first three are no file's name, and safetensors keeps the last for itself."""
 
@@ -27,10 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = _parser()
     options, extra = parser.parse_known_args(arguments)
-    if extra and (not hasattr(options, "overrides") or any(word.startswith("-") for word in extra)):
+    more = next((name for name in ("overrides", "names") if hasattr(options, name)), None)
+    if extra and (more is None or any(word.startswith("-") for word in extra)):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:
-        options.overrides += extra  # argparse takes positionals on one side of an option only
+        setattr(options, more, getattr(options, more) + extra)  # argparse takes positionals on one side of an option only
+    if getattr(options, "offline", False):
+        os.environ["VQZOO_OFFLINE"] = "1"
+    if os.environ.get("VQZOO_OFFLINE", "0") != "0":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # which timm's hub reads as it is imported
     try:
         options.command(options)
     except UserError as error:
@@ -72,9 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="continue the run in that folder")
 
     score = command("eval", _eval, "measure a tokenizer, or the pictures that any tool made, on a folder of images")
+    score.epilog = EVAL_HELP
+    score.formatter_class = argparse.RawDescriptionHelpFormatter
     score.add_argument("what", metavar="RUN_OR_TOKENIZER_OR_FOLDER",
                        help="a folder of pictures is paired with the images by path and name, whatever the ending")
-    score.add_argument("overrides", nargs="*", metavar="key=value", help="of a recipe's `evaluate`, such as fd.name=resnet50")
+    score.add_argument("overrides", nargs="*", metavar="key=value", help="of a recipe's `evaluate`, see below")
     score.add_argument("--data", required=True, help="a folder of images, at any depth")
     score.add_argument("--protocol", help="short for protocol=NAME")
     score.add_argument("--metrics", help="short for metrics=[NAME,...]")
@@ -111,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from vqzoo.evaluation.report import table
+    from vqzoo.evaluation.report import table, written
     from vqzoo.recipe import load_recipe, shipped
     from vqzoo.trainer import Trainer
 
@@ -128,7 +147,11 @@ def _run(options: argparse.Namespace) -> None:
     for name in result["card"]["files_left_out"]:
         print(f"vqzoo: {name} does not decode and was left out", file=sys.stderr)
     print(f"\n  reconstructions  {out / 'reconstructions.png'}\n  TensorBoard      {out / 'tensorboard'}"
-          f"\n  tokenizer        {out / 'tokenizer'}\n  all numbers      {out / 'metrics.json'}\n")
+          f"\n  tokenizer        {out / 'tokenizer'}\n  all numbers      {out / 'metrics.json'}")
+    if best := run["best"]:
+        value = f"{best['metric']} {written(best['metric'], best['value'])}"
+        print(f"  the best         {out / 'best'}: {value} on {best['images']} images at step {best['step']}")
+    print()
     print(NEXT.format(out=out))
 
 

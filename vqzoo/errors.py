@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class MissingWeights(UserError):
+    """Published weights are not at hand and could not be had: the text names file, size, hash, folder and command."""
+
+
 class PluginError(Exception):
     """A plugin broke the contract: the text names the plugin, the hook, what came and what was expected."""
 

@@ -15,7 +15,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vqzoo.errors import UserError, suggestion
+from vqzoo.errors import MissingWeights, UserError, suggestion
 
 __all__ = ["Encoder", "make_decoder", "make_timm_model", "normalisation"]
 
@@ -164,7 +164,7 @@ def make_timm_model(
 
 def _weights_error(name: str, pretrained: bool | str, error: Exception, key: str) -> UserError:
     if pretrained is True:
-        return UserError(
+        return MissingWeights(
             f"{key}.pretrained: the weights of {name}{_weights_source(name)} could not be had: {_brief(error)}; "
             "give the path of a weight file here, or false"
         )

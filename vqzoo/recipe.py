@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from vqzoo.data import DataConfig
 from vqzoo.errors import UserError, suggestion
-from vqzoo.evaluation import EvaluateConfig, check
+from vqzoo.evaluation import PROTOCOLS, EvaluateConfig, check
 from vqzoo.manager import find
 from vqzoo.ops import BACKENDS, PRECISIONS
 
@@ -28,6 +28,8 @@ PLAIN = re.compile(r"\$\{[^${}:]*\}")
 
 HARMLESS = ("log", "evaluate", "checkpoint", "data.workers", "data.eval_batch_size", "ops.backend", "versions")
 """The keys whose change does not alter what a run trains."""
+
+RENAMED = {"log.evaluate_epochs": "evaluate.epochs"}
 
 
 @dataclass
@@ -357,8 +359,9 @@ def _check_keys(raw: Any, schema: Any, where: str = "") -> None:
             if not OmegaConf.is_missing(raw, key) and not OmegaConf.is_interpolation(raw, key):
                 _check_keys(raw[key], schema[key], full)
         elif is_dataclass(OmegaConf.get_type(schema)):
-            choices = [*map(str, schema), *([] if where else ["extends"])]
-            raise UserError(f"{full}: unknown key; {suggestion(str(key), choices)}")
+            choices = [*map(str, schema), *(["extends"] if "stages" in schema else [])]
+            hint = f"it is {RENAMED[full]} now" if full in RENAMED else suggestion(str(key), choices)
+            raise UserError(f"{full}: unknown key; {hint}")
 
 
 def _check_stage(stages: ListConfig, number: int) -> None:
@@ -404,6 +407,9 @@ def _check_values(recipe: Recipe) -> None:
         _check_optim(optim, key, refuse)
     _check_stages(recipe, refuse)
     check(recipe.evaluate)
+    if not PROTOCOLS[recipe.evaluate.protocol].paired:
+        refuse("evaluate.protocol", recipe.evaluate.protocol, "it compares a folder of samples with a reference set, by `vqzoo "
+               "eval`; reconstructions are measured by the others")
 
 
 def _check_optim(optim: OptimConfig, key: str, refuse: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vqzoo import checkpoint
-from vqzoo.data import Batch, eval_batches, stamp, to_images, train_batches
+from vqzoo.data import Batch, StreamDataset, eval_batches, stamp, to_images, train_batches
 from vqzoo.errors import NonFiniteError, PluginError, UserError
 from vqzoo.evaluation import better
 from vqzoo.evaluation.evaluate import Result
@@ -67,6 +67,7 @@ class Trainer:
         self.steps_per_epoch = ready.steps_per_epoch
         self.steps = self.steps_per_epoch * recipe.epochs
         self.counters = Counters()
+        self.last_of_all: Result | None = None
         self.pictures_before: dict[str, Tensor] = {}
         self.moments: Moments = {}
         self.discriminator_moments: Moments = {}
@@ -568,12 +569,14 @@ class Trainer:
                      "replaced": int(self.replaced)}
             self.monitor.scalars(codes, step, "codes")
             self.monitor.codes(self.epoch_counts, self.code_ages, step)
-        if epoch % recipe.evaluate.epochs or epoch == recipe.epochs:  # after the last, all images are evaluated
+        if epoch % recipe.evaluate.epochs and epoch != recipe.epochs:
             return
-        metrics = self._evaluate(recipe.evaluate.images).metrics
-        self.monitor.scalars(metrics, step, "held_out")
-        self._keep_best(metrics)
-        if self.main:
+        found, images = self._evaluate(recipe.evaluate.images), recipe.evaluate.images
+        whole = not isinstance(self.val_data, StreamDataset) and (images is None or images >= len(self.val_data))
+        self.last_of_all = found if whole and epoch == recipe.epochs else None
+        self.monitor.scalars(found.metrics, step, "held_out")
+        self._keep_best(found.metrics)
+        if self.main and epoch < recipe.epochs:  # the last pictures are made at the end
             self._show_pictures()
 
     def _evaluate(self, limit: int | None = None) -> Result:
@@ -590,7 +593,7 @@ class Trainer:
         if not better(chosen, value, self.counters.best.get("value")):
             return
         self.counters.best = {"metric": chosen, "value": value, "step": self.counters.step,
-                              "epoch": self.counters.epoch + 1, "images": config.images}
+                              "epoch": self.counters.epoch + 1, "images": metrics["images"]}
         if self.main:
             self._averaged().save_pretrained(self.out / "best")
 
@@ -669,7 +672,9 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         """Evaluate on all held-out images, and leave metrics.json, the picture and the exported tokenizer."""
         counters, recipe = self.counters, self.recipe
-        found = self._evaluate()
+        if self.last_of_all is None:
+            self.monitor.say("evaluating on all held-out images")
+        found = self.last_of_all or self._evaluate()
         counters.seconds = time.monotonic() - self.began
         seen = counters.step * recipe.data.batch_size
         result = {
@@ -695,8 +700,7 @@ class Trainer:
             checkpoint.write_text(self.out / "metrics.json", to_json(result))
             save_picture(self._show_pictures(), self.out / "reconstructions.png")
             self._averaged().save_pretrained(self.out / "tokenizer")
-            for group in ("held_out", "final"):
-                self.monitor.scalars(found.metrics, counters.step, group)
+            self.monitor.scalars(found.metrics, counters.step, "final")
             for images, share in found.usage_curve:  # the axis is images, not steps
                 self.monitor.scalars({"usage_against_images": share}, images, "final")
         self.accelerator.wait_for_everyone()

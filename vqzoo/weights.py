@@ -15,7 +15,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqzoo.errors import UserError, suggestion
+from vqzoo.errors import MissingWeights, UserError, suggestion
 
 TIMEOUT = 20.0
 """Seconds without an answer after which a download is given up."""
@@ -98,7 +98,7 @@ def fetch(source: Source, key: str) -> Path:
     way_out = (f"get it from {source.url} and put it into {file.parent}, or run `vqzoo weights fetch {name}` where there is "
                "a network")
     if os.environ.get(OFFLINE, "0") != "0":
-        raise UserError(f"{key}: {source} is not at hand, and this is offline; {way_out}")
+        raise MissingWeights(f"{key}: {source} is not at hand, and this is offline; {way_out}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"), _timeout():
@@ -106,7 +106,7 @@ def fetch(source: Source, key: str) -> Path:
                 print(f"downloading {source.url} ({source.bytes / 2**20:.0f} MiB) to {file}", file=sys.stderr, flush=True)
                 torch.hub.download_url_to_file(source.url, str(file), source.sha256, progress=sys.stderr.isatty())
     except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: a file of another SHA-256
-        raise UserError(f"{key}: {source} is not at hand and could not be downloaded: {error}; {way_out}") from error
+        raise MissingWeights(f"{key}: {source} is not at hand and could not be downloaded: {error}; {way_out}") from error
     return file
 
 
@@ -179,8 +179,9 @@ def manage(action: str, names: list[str], place: str | None = None) -> None:
             print(f"{name}: {fetch_verified(source, name)}")
             continue
         here = source.file.is_file()
-        problem = fault(source) if here and action == "verify" else ""
-        if problem or (action == "verify" and not here and names):
+        torn = here and source.file.stat().st_size != source.bytes
+        problem = fault(source) if torn or (here and action == "verify") else ""
+        if action == "verify" and (problem or (names and not here)):
             wrong.append(name)
         print(f"{name}: {problem or ('not here' if not here else 'verified' if action == 'verify' else 'here')}\n"
               f"  file    {source.file}\n  size    {source.bytes:,} bytes\n  sha256  {source.sha256}\n"

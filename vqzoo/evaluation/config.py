@@ -1,5 +1,6 @@
 """What is measured, by which protocol, and how often in training."""
 
+import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,12 @@ PER_IMAGE = ("psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_squeeze", "lpips_vg
 OF_CODES = ("usage", "perplexity", "entropy", "bits_per_token")
 OF_INCEPTION = ("rfid", "kid", "precision", "recall")
 OF_FD = ("fd", "fd_kid", "fd_precision", "fd_recall")
-METRICS = (*PER_IMAGE, *OF_CODES, *OF_INCEPTION, *OF_FD)
-UNPAIRED = {"rfid": "gfid"}
-"""What a metric of two sets is called where the second is no reconstruction of the first."""
+METRICS = (*PER_IMAGE, *OF_CODES, *OF_INCEPTION, *OF_FD, "gfid")
+UNPAIRED = ("gfid", *OF_INCEPTION[1:], *OF_FD)
+"""The metrics of samples, which are reconstructions of no image: gfid is what rfid is of reconstructions."""
+
+ONE_SIDED = (*PER_IMAGE, *OF_CODES, "rfid", "gfid")
+"""Metrics of reconstructions alone, or of samples alone."""
 
 LOWER_IS_BETTER = ("lpips", "rfid", "gfid", "kid", "fd")
 """The first parts of the names of metrics of which less is better; of all others more is."""
@@ -55,7 +59,12 @@ def check(config: EvaluateConfig, prefix: str = "evaluate.") -> None:
         raise UserError(f"{prefix}protocol: {config.protocol!r} is unknown; {suggestion(config.protocol, PROTOCOLS)}")
     for name in config.metrics:
         if name not in METRICS:
-            raise UserError(f"{prefix}metrics: {name!r} is no metric; {suggestion(name, METRICS)}")
+            near = difflib.get_close_matches(name.lower(), METRICS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"{prefix}metrics: {name!r} is no metric; {hint}metrics: {', '.join(METRICS)}")
+        if (name in UNPAIRED if PROTOCOLS[config.protocol].paired else name not in UNPAIRED) and name in ONE_SIDED:
+            raise UserError(f"{prefix}metrics: {name!r} cannot be measured by protocol {config.protocol!r}, which is of "
+                            f"{'reconstructions' if PROTOCOLS[config.protocol].paired else 'samples'}")
     wanted = [name for name in config.metrics if name in OF_FD]
     if wanted and not config.fd.name:
         raise UserError(f"{prefix}fd.name: {', '.join(wanted)} needs a network; name one of timm's, as in "

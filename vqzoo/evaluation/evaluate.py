@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqzoo.data import Batch, to_images
-from vqzoo.errors import UserError
+from vqzoo.errors import MissingWeights
 from vqzoo.evaluation import reference
 from vqzoo.evaluation.config import OF_CODES, OF_FD, OF_INCEPTION, PER_IMAGE, UNPAIRED, EvaluateConfig, check
 from vqzoo.evaluation.meters import CodeMeter, FeatureMeter, ImageMeter
@@ -33,7 +33,8 @@ class Result:
     """Hold metrics by name, what is missing and why, the usage after so many images, and each image's own values.
 
     `positions` are those of the images measured, sorted, in whose order `table` holds a list per metric. `pixels` identifies
-    the images as they were compared; `networks` says which gave features, and `left_out` names files that did not decode.
+    the images as they were compared; `networks` says which gave features, `left_out` names files that did not decode, and
+    `notes` says what weakens a number.
     """
 
     metrics: dict[str, float]
@@ -44,6 +45,7 @@ class Result:
     pixels: str
     networks: dict[str, dict[str, str]]
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class Evaluator:
@@ -72,12 +74,12 @@ class Evaluator:
     def _try(self, names: list[str], make: Callable[[], None]) -> None:
         try:
             make()
-        except UserError as error:
+        except MissingWeights as error:
             self.missing |= dict.fromkeys(names, str(error))
 
     def _inception_names(self) -> dict[str, str]:
-        names = {kind: name for kind, name in zip(KINDS, OF_INCEPTION, strict=True) if name in self.config.metrics}
-        return names if self.protocol.paired else {kind: UNPAIRED.get(name, name) for kind, name in names.items()}
+        offered = OF_INCEPTION if self.protocol.paired else UNPAIRED
+        return {kind: name for kind, name in zip(KINDS, offered, strict=False) if name in self.config.metrics}
 
     def _fd_names(self) -> dict[str, str]:
         label = self.config.fd.label
@@ -159,9 +161,11 @@ class _Session:
         self.features = []
         for network, names in evaluator.networks:
             kinds = dict(names)
-            if known is not None:  # of which there are no features
-                gone = [kinds.pop(kind) for kind in KINDS[1:] if kind in kinds]
-                self.missing |= dict.fromkeys(gone, "the reference is known by its moments alone; give a folder of images")
+            if known is not None:  # of which there are no features but Inception's moments
+                unknown = KINDS[1:] if isinstance(network, Inception) else KINDS
+                gone = [kinds.pop(kind) for kind in unknown if kind in kinds]
+                self.missing |= dict.fromkeys(gone, "published statistics are moments of Inception's features and no more; "
+                                              "give a folder of images")
             place = reference.place(stamp, protocol, network) if stamp and set(kinds) == {"frechet"} else None
             found = known if known is not None else reference.load(place, network.width, self.device) if place else None
             self.features.append((FeatureMeter(network, kinds, self.device, found), place))
@@ -220,7 +224,13 @@ class _Session:
                 reference.save(place, meter.reference())
         pixels = sum(int(part) for part in gather_names([str(self.pixels)])) % 2**256
         return Result(_ordered(metrics | self.facts | {"images": len(positions)}), missing, curve, table, positions.tolist(),
-                      f"{pixels:064x}", self._networks(), gather_names(self.left_out))
+                      f"{pixels:064x}", self._networks(), gather_names(self.left_out), self._notes(len(positions)))
+
+    def _notes(self, images: int) -> list[str]:
+        """Say which distances of sets are of too few images."""
+        return [f"{meter.names['frechet']}: {images} images are fewer than the {meter.network.width} features: the distance is "
+                "biased, and only comparable at the same number" for meter, _ in self.features
+                if "frechet" in meter.names and images < meter.network.width]
 
     def _networks(self) -> dict[str, dict[str, str]]:
         """Say of each metric that needs a network which one it is."""

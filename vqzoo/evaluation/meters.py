@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqzoo.evaluation.distances import Moments, frechet_distance, kernel_distance, precision_recall
+from vqzoo.evaluation.distances import SUBSET, Moments, frechet_distance, kernel_distance, precision_recall
 from vqzoo.evaluation.networks import full_float32
 from vqzoo.evaluation.pixels import LEAST_SIDE, decibels, ms_ssim, squared_error, ssim, ssim_uniform
 from vqzoo.evaluation.protocols import GAUSSIAN, Pair, Protocol
@@ -146,7 +146,8 @@ class FeatureMeter:
             if {"precision", "recall"} & set(self.names):
                 found["precision"], found["recall"] = precision_recall(others, reference)
         metrics = {name: found[kind] for kind, name in self.names.items()}
-        return metrics | ({f"{self.names['kernel']}_std": found["deviation"]} if "kernel" in self.names else {})
+        several = "kernel" in self.names and len(others) > SUBSET  # else each subset is the whole
+        return metrics | ({f"{self.names['kernel']}_std": found["deviation"]} if several else {})
 
     def _features(self, which: int) -> Tensor:
         """Return the features [n, D] of all processes, in the order of their images, so that subsets are the same."""

@@ -79,7 +79,8 @@ class Pooled(nn.Module):
         made = f"{size} x {size}, bicubic, antialiased" if size else "the images' own size"
         weights = Path(pretrained).name if isinstance(pretrained, str) else "timm's" if pretrained else "random, seed 0"
         self.card = {"network": f"timm {name}, pooled features ({self.width})", "weights": weights,
-                     "sha256": digest(self.model), "input": made}
+                     "sha256": digest(self.model), "input": made, "args": str(dict(sorted(args.items()))),
+                     "mean": str(self.mean.flatten().tolist()), "std": str(self.std.flatten().tolist())}
 
     def forward(self, levels: Tensor) -> Tensor:
         x = levels.float() / 255

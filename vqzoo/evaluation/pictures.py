@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,7 +32,8 @@ class PairedFolders(Dataset):
                             "reconstruction; with --partial the others are measured, and the card says how many")
         self.stems = sorted(made)
         self.files = [(known[stem], made[stem]) for stem in self.stems]
-        self.cropped: list[str] = []
+        self.fitted: list[str] = []
+        self.left = len(known) - len(made)
         self.names = [known[stem] for stem in self.stems]
 
     def __len__(self) -> int:
@@ -43,10 +45,10 @@ class PairedFolders(Dataset):
                            zip((self.images, self.made), self.files[index], strict=True))
         except Exception:  # Pillow's decoders raise nearly anything on damaged files
             return None, None, index, False
-        cropped = image.size != made.size
-        if cropped:
+        fitted = image.size != made.size
+        if fitted:
             image = self.crop(image, (made.height, made.width))
-        return from_image(image), from_image(made), index, cropped
+        return from_image(image), from_image(made), index, fitted
 
     def batches(self, size: int, workers: int, left_out: list[str], process: int = 0,
                 processes: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -54,11 +56,11 @@ class PairedFolders(Dataset):
         mine = range(process, len(self), processes)
         loader = DataLoader(self, sampler=mine, batch_size=None, num_workers=min(workers, len(mine)))
         held: list[tuple[Tensor, Tensor, int]] = []
-        for image, made, index, cropped in loader:
+        for image, made, index, fitted in loader:
             if image is None:
                 left_out.append(self.stems[index])
                 continue
-            self.cropped += [self.stems[index]] * cropped
+            self.fitted += [self.stems[index]] * fitted
             if held and (len(held) == size or held[0][0].shape != image.shape):
                 yield _stacked(held)
                 held = []
@@ -71,8 +73,15 @@ def sample_folder(root: Path, key: str, resolution: list[int] | None, protocol: 
     """Open a folder of pictures that belong to no images; a resolution [height, width] is what they are cropped to."""
     folder = Folder(root, key)
     if resolution is None:
-        first = folder.image(0)
-        resolution = [first.height, first.width]
+        sizes: dict[tuple[int, int], str] = {}
+        for name in folder.names:
+            with Image.open(root / name) as picture:
+                sizes.setdefault(picture.size, name)
+        if len(sizes) > 1:
+            said = ", ".join(f"{name} {width}x{height}" for (width, height), name in list(sizes.items())[:3])
+            raise UserError(f"{root}: samples are of {len(sizes)} sizes ({said}); a reference set is compared at one")
+        ((width, height),) = sizes
+        resolution = [height, width]
     dataset = ImageDataset(folder, DataConfig(resolution=resolution, eval_batch_size=batch_size))
     dataset.crop = CROPS[protocol.crop]
     return dataset

@@ -63,6 +63,7 @@ def published(path: str) -> Moments:
             mean, covariance = (torch.from_numpy(np.asarray(file[name], dtype=np.float64)) for name in ("mu", "sigma"))
     except Exception as error:  # whatever NumPy makes of a file that is something else
         raise UserError(f"--data: {path} is no .npz file with mu and sigma: {error}") from error
-    if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
-        raise UserError(f"--data: {path}: mu {list(mean.shape)} and sigma {list(covariance.shape)} do not belong together")
+    if mean.shape != (2048,) or covariance.shape != (2048, 2048):
+        raise UserError(f"--data: {path}: mu {list(mean.shape)} and sigma {list(covariance.shape)} are not [2048] and "
+                        "[2048, 2048], the moments of Inception's features")
     return Moments.known(mean, covariance)

@@ -1,6 +1,7 @@
 """What an evaluation leaves: the card that says how, the table for the terminal, the comparison, the table of images."""
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -27,7 +28,8 @@ FORMS = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "ms_ssim": "{:.4f}", "lpips": "{
 def card(evaluator: "Evaluator", result: "Result", **more: Any) -> dict[str, Any]:
     """Say how numbers were made, so that they can be compared or refused."""
     return {"protocol": evaluator.config.protocol, **evaluator.protocol.card(), "images": len(result.positions),
-            "pixels_sha256": result.pixels, "networks": result.networks, "files_left_out": result.left_out, **more}
+            "pixels_sha256": result.pixels, "networks": result.networks, "files_left_out": result.left_out,
+            "notes": result.notes, **more}
 
 
 def data_card(name: str, dataset: ImageDataset | StreamDataset, resolution: list[int] | None) -> dict[str, Any]:
@@ -74,10 +76,13 @@ def written(name: str, value: float | str) -> str:
 
 def table(metrics: dict[str, float], missing: dict[str, str] | None = None) -> str:
     """Lay metrics out as two aligned columns for the terminal, and say below what is missing and why."""
-    rows = [(name.replace("_", " "), written(name, value)) for name, value in metrics.items()]
+    rows = [(name, written(name, value)) for name, value in metrics.items()]
+    because: dict[str, list[str]] = {}
+    for name, why in (missing or {}).items():
+        because.setdefault(why, []).append(name)
     widths = [max((len(row[side]) for row in rows), default=0) for side in (0, 1)]
     lines = [f"  {name:<{widths[0]}}  {value:>{widths[1]}}" for name, value in rows]
-    return "\n".join([*lines, *(f"  {name.replace('_', ' ')}: missing: {why}" for name, why in (missing or {}).items())])
+    return "\n".join([*lines, *(f"  missing: {', '.join(names)}: {why}" for why, names in because.items())])
 
 
 # Comparison
@@ -90,13 +95,16 @@ def compare(paths: list[str], mixed: bool = False) -> str:
     and then the table says so.
     """
     results = {path: read(path) for path in paths}
+    if not results:
+        return ""
     differences = _differences([result["card"] for result in results.values()])
     if differences and not mixed:
         said = "; ".join(f"{key}: {', '.join(values)}" for key, values in differences.items())
         raise UserError(f"these numbers cannot be compared: {said}; evaluate them alike, or give --mixed to "
                         "have a table that says so")
-    names = list(dict.fromkeys(name for result in results.values() for name in result["metrics"]))
-    head = [name.replace("_", " ") for name in ("results", *differences, *names)]
+    names = [name for result in results.values() for name in result["metrics"] if name not in differences]
+    names = list(dict.fromkeys(names))
+    head = ["results", *differences, *names]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for path, result in results.items():
         metrics = result["metrics"]
@@ -104,24 +112,29 @@ def compare(paths: list[str], mixed: bool = False) -> str:
         cells += [written(name, metrics[name]) if name in metrics else "–" for name in names]
         lines.append(f"| {' | '.join(cells)} |")
     if differences:
-        lines.append(f"\nNot comparable: the rows differ in {', '.join(key.replace('_', ' ') for key in differences)}.")
+        lines.append(f"\nNot comparable: the rows differ in {', '.join(differences)}.")
     return "\n".join(lines)
 
 
 def read(path: str) -> dict[str, Any]:
-    """Read what `vqzoo eval --json` or a run wrote."""
+    """Read what `vqzoo eval --json` or a run wrote, given the file or the run's folder."""
+    file = Path(path, "metrics.json") if Path(path).is_dir() else Path(path)
     try:
-        content = json.loads(Path(path).read_text())
-        if not isinstance(content["card"]["protocol"], str) or not isinstance(content["metrics"], dict):
-            raise KeyError("protocol")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not what `vqzoo eval --json` writes, or without a metric card: {error!r}") from error
-    return content
+        content = json.loads(file.read_text())
+        if isinstance(content["card"], dict) and isinstance(content["metrics"], dict):
+            content["card"]["protocol"]
+            return content
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file}: not what `vqzoo eval --json` or a run of this version writes: it has no card that names a "
+                    "protocol; evaluate again")
 
 
 def _differences(cards: list[dict]) -> dict[str, list[str]]:
     keys = ["protocol", "fingerprint", "resolution", "images", "pixels_sha256"]
-    keys += [f"weights of {name}" for card in cards for name in card.get("networks", {})]
+    keys += [f"network of {name}" for card in cards for name in card.get("networks", {})]
     found = {}
     for key in dict.fromkeys(keys):
         values = list(dict.fromkeys(_short(_pick(card, key)) for card in cards if _pick(card, key) is not None))
@@ -133,8 +146,9 @@ def _differences(cards: list[dict]) -> dict[str, list[str]]:
 
 
 def _pick(card: dict, key: str) -> Any:
-    name = key.removeprefix("weights of ")
-    return card.get("networks", {}).get(name, {}).get("sha256") if name != key else card.get(key)
+    name = key.removeprefix("network of ")
+    said = card.get("networks", {}).get(name) if name != key else card.get(key)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest() if isinstance(said, dict) else said
 
 
 def _short(value: Any) -> str:
