@@ -356,6 +356,19 @@ def test_metrics_do_not_depend_on_the_batch(levels):
     assert found[0]["fd_resnet10t_random"] > 0
 
 
+def test_reconstructions_that_are_not_numbers_give_no_numbers(levels):
+    class Broken(Stub):
+        def forward(self, images):
+            output = super().forward(images)
+            output.reconstructions[0] = torch.nan
+            return output
+
+    result = Evaluator(config("psnr", "ssim", "fd", "fd_kid", "usage"), CPU).tokenizer(Broken(), batches(levels, 10))
+    metrics = result.metrics
+    assert all(math.isnan(metrics[name]) for name in ("psnr", "ssim", "fd_resnet10t_random", "fd_kid_resnet10t_random"))
+    assert metrics["usage"] > 0 and [math.isnan(x) for x in result.table["psnr"]] == [True] + [False] * 9
+
+
 def test_the_frechet_distance_of_an_evaluation_is_that_of_its_features(levels):
     result = Evaluator(config("fd"), CPU).tokenizer(Stub(), batches(levels, 4))
     network = Pooled("resnet10t", False, 32, {}, "")

@@ -49,7 +49,7 @@ class Moments:
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
-    """Return the Fréchet distance of two Gaussians with these moments; NaN where a set has fewer than two images.
+    """Return the Fréchet distance of two Gaussians with these moments; NaN for fewer than two images or features not finite.
 
     The trace of the root of the covariances' product is the sum of the singular values of the product of their roots, which
     keeps half of float64's digits that the eigenvalues of the product lose where there are fewer images than dimensions.
@@ -59,6 +59,8 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     (mean_one, one), (mean_other, other) = (
         [part.cpu() for part in moments.mean_and_covariance()] for moments in (one, other)
     )
+    if not (one.isfinite().all() and other.isfinite().all()):
+        return float("nan")
     common = torch.linalg.svdvals(_root(one) @ _root(other)).sum()
     return float((mean_one - mean_other).square().sum() + one.trace() + other.trace() - 2 * common)
 
