@@ -16,6 +16,7 @@ from PIL import Image
 
 import vqzoo
 from vqzoo import cli, manager
+from vqzoo.evaluation.report import table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -136,6 +137,15 @@ def test_the_table_of_protocols_is_what_was_recorded():
     for recipe, metrics in found.items():
         wanted = [form.format(metric[name]) for name, form in forms.items() for metric in metrics]
         assert f"| {recipe.removeprefix('photos128_')} | {' | '.join(wanted)} |" in README, recipe
+
+
+def test_the_table_that_eval_prints_is_the_one_shown():
+    (results,) = re.findall(r"\[the 24 Kodak\nimages\]\(([^)]+)\)", README)
+    rows = {row["protocol"]: row["metrics"] for row in map(json.loads, (ROOT / results).read_text().splitlines())}
+    (shown,) = blocks("text")
+    assert table(rows["vqzoo"]) in shown and "24 images, 128x128 pixels, protocol vqzoo" in shown
+    for name, metrics in rows.items():
+        assert re.search(rf"{metrics['psnr']:.2f}( dB)? by `{name}`", README)
 
 
 def test_the_table_of_the_ablation_is_what_was_recorded():
