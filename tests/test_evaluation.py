@@ -613,6 +613,8 @@ def test_mistakes_of_the_command_are_named(trained, small_photos, tmp_path):
     refused("--json: ", "eval", trained, "--data", val, "--json", tmp_path / "file" / "x.json")
     refused("--save-images: ", "eval", trained, "--data", val, "--save-images", val / "made")
     refused("--csv: ", "eval", trained, "--data", val, "--csv", val / "x.csv")
+    refused("--csv: ", "eval", small_photos / "train", "--data", val, "--csv", small_photos / "train" / "x.csv")
+    succeed("eval", trained, "--data", val, "--csv", trained / "each.csv", "--save-images", trained / "made")
     refused("images: is a matter of training", "eval", trained, "--data", val, "images=5")
     refused("say the same thing", "eval", trained, "--data", val, "--protocol", "simvq", "protocol=vqzoo")
     refused("'resnet500'", "eval", trained, "--data", val, "--metrics", "fd", "fd.name=resnet500")

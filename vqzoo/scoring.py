@@ -262,7 +262,7 @@ def _check_place(path: str | None, key: str, options: argparse.Namespace) -> Non
     """Find out before a long evaluation whether a file can be written, and not among the pictures that are measured."""
     if path is None:
         return
-    for pictures in (options.data, options.what):
+    for pictures in (options.data, *([] if _is_tokenizer(options.what) else [options.what])):
         if key != "--json" and Path(path).resolve().is_relative_to(Path(pictures).resolve()):
             raise UserError(f"{key}: {path} lies in {pictures}, whose pictures are measured; name another place")
     if key == "--save-images":
