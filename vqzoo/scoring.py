@@ -269,10 +269,11 @@ def _check_place(path: str | None, key: str, options: argparse.Namespace) -> Non
         return
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        new = not os.path.exists(path)
         with open(path, "a"):
             pass
-        if not Path(path).stat().st_size:
-            Path(path).unlink()
+        if new:
+            Path(path).unlink(missing_ok=True)  # another process may have been here
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be written: {error}") from error
 

@@ -81,7 +81,8 @@ def kernel_distance(features: Tensor, other: Tensor) -> tuple[float, float]:
     size = min(SUBSET, len(features), len(other))
     if size < 2:
         return float("nan"), float("nan")
-    found = kid_features_to_metric(features.double(), other.double(), kid_subsets=SUBSETS, kid_subset_size=size,
+    subsets = 1 if size == len(features) == len(other) else SUBSETS  # each would be the whole
+    found = kid_features_to_metric(features.double(), other.double(), kid_subsets=subsets, kid_subset_size=size,
                                    rng_seed=2020, verbose=False)
     return float(found[KEY_METRIC_KID_MEAN]), float(found[KEY_METRIC_KID_STD])
 
