@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from vqzoo import UserError
-from vqzoo.recipe import Recipe, changes, load_recipe, plain
+from vqzoo.recipe import Recipe, differences, load_recipe, plain
 
 ROWS = ("neither", "dense", "joint", "joint_warm_up", "joint_refine", "full")
 HERE = Path(__file__).parent / "ablation"
@@ -73,12 +73,12 @@ class Cell:
     def finished(self) -> bool:
         if not (self.out / "metrics.json").exists():
             return False
-        if changed := changes(load_recipe(str(self.out / "recipe.yaml")), self.recipe):
+        if changed := differences(plain(load_recipe(str(self.out / "recipe.yaml"))), plain(self.recipe))[0]:
             raise UserError(f"{self.out} holds the run of another recipe; name another --out:\n  " + "\n  ".join(changed))
         return True
 
     def run(self) -> None:
-        command = [sys.executable, "-m", "vqzoo", "run", str(HERE / f"{self.row}.yaml"), *self.overrides, "--resume",
+        command = [sys.executable, "-m", "vqzoo", "run", str(HERE / f"{self.row}.yaml"), *self.overrides, "--resume", "auto",
                    "--out", str(self.out)]
         with open(f"{self.out}.log", "w") as log:
             subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})

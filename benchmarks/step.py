@@ -45,6 +45,7 @@ from vqzoo.data import Batch, to_images
 from vqzoo.discriminators import PatchDiscriminator
 from vqzoo.monitor import Drift, Monitor
 from vqzoo.ops import discriminator_loss, embedding_losses, generator_loss, nearest_codes, straight_through
+from vqzoo.pictures import Pictures
 from vqzoo.prepare import build
 from vqzoo.recipe import Recipe, load_recipe
 from vqzoo.trainer import Trainer
@@ -210,8 +211,8 @@ def recipe_of(options: argparse.Namespace, method: tuple[str, ...], folder: Path
 def trainer_step(recipe: Recipe, out: Path) -> Step:
     """Return the trainer's own step on images that are on the device already; set up as a run begins."""
     trainer = Trainer(recipe, out)
-    trainer.drift, trainer.pictured = Drift(trainer.fixed), trainer.fixed
-    trainer.monitor = Monitor(out, 1, 0, False, enabled=False)
+    trainer.drift, trainer.pictures = Drift(trainer.fixed), Pictures(trainer.fixed)
+    trainer.monitor = Monitor(out, 1, 0, 0, enabled=False)
     trainer._begin_stage()
     trainer.train_batches.close()
     return partial(trained, trainer)

@@ -85,9 +85,10 @@ class Adversary(Plugin):
 
     @hookimpl
     def discriminator_loss(self, images, reconstructions, discriminator, progress):
-        tell("discriminator_loss", None, reconstructions=reconstructions, discriminator=discriminator, progress=progress)
         real, fake = discriminator(images), discriminator(reconstructions)
-        return {"discriminator": (1 - real).relu().mean() + (1 + fake).relu().mean()}
+        losses = {"discriminator": (1 - real).relu().mean() + (1 + fake).relu().mean()}
+        return tell("discriminator_loss", losses, reconstructions=reconstructions, discriminator=discriminator,
+                    progress=progress)
 
     @hookimpl(wrapper=True)
     def reconstruction_loss(self, reconstructions, discriminator, last_layer):

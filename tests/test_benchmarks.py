@@ -229,7 +229,7 @@ def test_the_structure_trains_what_the_trainer_trains(step, tmp_path, more, gan)
         pairs = zip(theirs.discriminator.parameters(), trainer.discriminator.parameters(), strict=True)
         assert sum((one - other).abs().sum().item() for one, other in pairs) < 0.02 * moved
     used = theirs.used if isinstance(theirs.used, list) else theirs.used.tolist()
-    assert [bool(x) for x in used] == (trainer.epoch_counts > 0).tolist()
+    assert [bool(x) for x in used] == (trainer.tally.counts > 0).tolist()
 
 
 def test_nsvq_is_timed_against_simvq_in_the_trainer(step, kernels, capsys, monkeypatch):

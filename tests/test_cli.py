@@ -136,7 +136,7 @@ def test_a_run_that_blows_up_exits_with_1_and_names_the_step(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("command, target, hint", [
-    ("run", "vqzoo.trainer.Trainer.run", "vqzoo: interrupted; continue with --resume\n"),
+    ("run", "vqzoo.trainer.Trainer.run", "vqzoo: interrupted; continue with --resume auto\n"),
     ("check", "vqzoo.explain.predict_memory", "vqzoo: interrupted\n"),
 ])
 def test_ctrl_c_ends_a_command_without_a_traceback(recipe, tmp_path, monkeypatch, request, command, target, hint):
@@ -209,6 +209,7 @@ def test_eval_of_a_run_and_of_its_tokenizer_give_the_runs_own_numbers(trained, s
         assert found["card"]["resolution"] == [32, 32] and found["card"]["files_left_out"] == []
 
 
+@pytest.mark.fault(29)
 def test_eval_names_a_file_that_does_not_decode(trained, small_photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(small_photos / "val", folder)
@@ -298,6 +299,7 @@ def stranger(tmp_path_factory, monkeypatch):
     monkeypatch.syspath_prepend(site)
 
 
+@pytest.mark.fault(34)
 def test_plugins_shows_strangers_and_survives_a_broken_one(stranger):
     found = {plugin["name"]: plugin for plugin in json.loads(succeed("plugins", "--json").out)}
     assert found["rival"] == {"name": "rival", "distribution": "vqzoo-rival", "version": "0.3", "config": {},
@@ -338,6 +340,7 @@ def command(request):
     return request.param
 
 
+@pytest.mark.fault(30, 32, 33)
 @pytest.mark.parametrize("overrides, fragments", [
     (["optm.lr=1"], ["tiny.yaml: optm: unknown key", "did you mean 'optim'?"]),
     (["stages[1].frezze=[]"], ["stages[1].frezze", "did you mean 'freeze'?"]),
@@ -376,6 +379,7 @@ def test_a_mistake_in_a_recipe_is_told_before_anything_is_made(refused, command,
     refused([command, recipe, *overrides], *fragments)
 
 
+@pytest.mark.fault(34)
 def test_two_rivals_for_a_hook_are_told_and_naming_one_helps(refused, command, recipe, stranger):
     refused([command, recipe, "plugins.simvq={}", "plugins.rival={}"], "hooks.quantize: simvq and rival", "name one here")
     assert stages_of(succeed("check", recipe, "plugins.simvq={}", "plugins.rival={}", "hooks.quantize=[simvq]").out)
@@ -391,10 +395,12 @@ def test_a_precision_that_the_machine_lacks_is_told(refused, command, recipe):
     refused([command, recipe, "precision=fp16"], "precision: 'fp16' needs a GPU", "bf16")
 
 
+@pytest.mark.fault(34)
 def test_a_plugin_that_cannot_be_imported_is_told(refused, command, recipe, stranger):
     refused([command, recipe, "plugins.broken={}"], "'broken' (vqzoo-rival)", "a_module_that_nobody_has")
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("text, fragments", [
     ("seed: 1\nplugins: {vq: {}\nepochs: 2\n", ["bad.yaml", "line 3"]),
     ("plugins: !!python/object/apply:os.mkdir ['canary']\n", ["bad.yaml", "python/object/apply:os.mkdir", "line 1"]),
@@ -405,11 +411,13 @@ def test_a_file_that_is_no_recipe_is_told(refused, command, tmp_path, text, frag
     refused([command, "bad.yaml"], *fragments)
 
 
+@pytest.mark.fault(33)
 def test_an_unknown_recipe_is_told_with_the_shipped_ones(refused, command):
     refused([command, "quickstrat"], "'quickstrat'", "did you mean 'quickstart'?", "more",
             *(name for name in shipped() if "/" not in name))
 
 
+@pytest.mark.fault(30)
 def test_an_empty_folder_is_told(refused, command, recipe, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "empty" / split).mkdir(parents=True)
@@ -424,8 +432,9 @@ def test_a_folder_that_cannot_be_written_is_told(refused, recipe):
 
 def test_a_used_folder_is_refused_and_left_alone(refused, recipe, trained):
     before = left(trained.folder)
-    refused(["run", recipe, "--out", trained.folder], trained.folder, "already holds a run", "--resume")
-    refused(["run", recipe, "--out", trained.folder, "--resume"], "another recipe", "seed: 5 → 3", "optim.lr: 0.001 → 0.002")
+    refused(["run", recipe, "--out", trained.folder], trained.folder, "already holds a run", "--resume auto")
+    refused(["run", recipe, "--out", trained.folder, "--resume", "auto"], "another recipe", "seed: 5 → 3",
+            "optim.lr: 0.001 → 0.002")
     assert left(trained.folder) == before
 
 
@@ -449,6 +458,7 @@ def test_what_is_no_tokenizer_is_told(refused, tmp_path, small_photos, pictures)
             refused(words, folder, "neither an exported tokenizer")
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("spoil, fragment", [
     (lambda config: "{", "config.json"),
     (lambda config: "[]", "config.json"),
@@ -463,6 +473,7 @@ def test_a_damaged_tokenizer_is_told(refused, trained, tmp_path, pictures, spoil
     refused(["encode", "damaged", pictures[0], "--out", "tokens.safetensors"], fragment)
 
 
+@pytest.mark.fault(39)
 def test_truncated_weights_are_told(refused, trained, tmp_path, pictures):
     shutil.copytree(trained.folder / "tokenizer", tmp_path / "damaged")
     weights = tmp_path / "damaged" / "model.safetensors"
@@ -470,6 +481,7 @@ def test_truncated_weights_are_told(refused, trained, tmp_path, pictures):
     refused(["encode", "damaged", pictures[0], "--out", "tokens.safetensors"], "damaged/model.safetensors")
 
 
+@pytest.mark.fault(30)
 def test_a_wrong_folder_for_eval_is_told(refused, trained, tmp_path, small_photos, recipe):
     (tmp_path / "empty").mkdir()
     (tmp_path / "spoilt").mkdir()
@@ -481,6 +493,7 @@ def test_a_wrong_folder_for_eval_is_told(refused, trained, tmp_path, small_photo
     refused(["eval", trained.folder, "--data", small_photos / "val", "--json", recipe / "found.json"], "--json: ", recipe)
 
 
+@pytest.mark.fault(29)
 def test_a_wrong_image_for_encode_is_told(refused, trained, tmp_path, pictures, recipe):
     (tmp_path / "broken.png").write_text("no picture")
     Image.new("RGB", (3, 40)).save(tmp_path / "thin.png")

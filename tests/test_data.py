@@ -4,18 +4,25 @@ import os
 import pickle
 import re
 import signal
+import struct
 import subprocess
 import sys
+import time
+import zlib
 from dataclasses import replace
+from functools import cache
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import ExifTags, Image
+from test_training import VQ, exported, run, unequal
 from torch.utils.data import IterableDataset
 
+from vqzoo import data
 from vqzoo.data import (
     DataConfig,
     Folder,
@@ -24,6 +31,7 @@ from vqzoo.data import (
     Photos,
     StreamDataset,
     TimmImages,
+    content,
     crop_val,
     decode,
     eval_batches,
@@ -33,7 +41,8 @@ from vqzoo.data import (
     to_images,
     train_batches,
 )
-from vqzoo.errors import UserError
+from vqzoo.errors import DataError, UserError
+from vqzoo.trainer import Trainer
 
 COUNT = 21
 SIZES = ((40, 48), (24, 70), (16, 24), (50, 20))
@@ -77,7 +86,10 @@ def joined(batches):
 # The order
 
 
-@pytest.mark.parametrize("workers, processes, accumulate", [(2, 1, 1), (0, 2, 1), (0, 1, 4), (1, 2, 2)])
+@pytest.mark.fault(26, 27)
+@pytest.mark.parametrize("workers, processes, accumulate", [
+    (1, 1, 1), (2, 1, 1), (0, 2, 1), (0, 4, 1), (0, 1, 4), (1, 2, 2), (0, 4, 2),
+])
 def test_the_sequence_of_samples_is_one_whatever_reads_it(config, workers, processes, accumulate):
     dataset, steps = make_dataset(config, "train"), 5  # two and a half passes
     images, positions = joined(take(config, dataset, steps))
@@ -126,6 +138,7 @@ def test_flip_mirrors_about_half_and_moves_no_crop(config):
     assert 8 < mirrored < 32
 
 
+@pytest.mark.fault(23)
 def test_a_dataset_smaller_than_a_batch_is_repeated(config):
     config = replace(config, train="val", val="train", batch_size=16)
     dataset = make_dataset(config, "train")
@@ -148,6 +161,7 @@ def test_sizes_that_do_not_fit_are_named_at_once(config, where, says):
         train_batches(config, make_dataset(config, "train"), 0, **where)
 
 
+@pytest.mark.fault(23, 36)
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_evaluation_sees_every_sample_once_with_the_tail(config, processes):
     dataset = make_dataset(config, "val")
@@ -192,11 +206,12 @@ def test_closing_ends_the_workers_and_a_signal_does_not(config):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize(
     "end, status, says",
     [
         ("raise SystemExit(7)", 7, ""),  # the batches were forgotten: their workers must not keep the program
-        ("os.kill(active_children()[0].pid, 9)\nfor batch in batches: pass", 1, "RuntimeError: .*worker"),
+        ("os.kill(active_children()[0].pid, 9)\nfor batch in batches: pass", 1, r"DataError: images .* signal 9 \(Killed\)"),
     ],
 )
 def test_a_program_ends_with_its_workers(config, end, status, says):
@@ -209,6 +224,70 @@ def test_a_program_ends_with_its_workers(config, end, status, says):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (status, "2\n"), done.stderr
     assert re.search(says, done.stderr)
+
+
+@pytest.fixture
+def watched(config, monkeypatch):
+    """Watch workers closely; give batches of one worker, and the worker."""
+    monkeypatch.setattr(data, "WATCH", 0.1)
+    config = replace(config, workers=1)
+    batches = train_batches(config, make_dataset(config, "train"), seed=0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    yield batches, worker
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.fault(31)
+def test_a_killed_worker_is_told_when_the_next_batch_is_wanted_and_not_before(watched):
+    batches, worker = watched
+    handler = signal.getsignal(signal.SIGCHLD)
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.3)  # what the program does meanwhile, as half of an update, is not broken off
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"^images can no longer be read: .*signal 9 \(Killed\).*memory.*data.workers, now 1$"):
+        list(batches)
+    assert time.monotonic() - began < 5 and signal.getsignal(signal.SIGCHLD) == handler
+    assert not multiprocessing.active_children()
+
+
+def hang(index, cover):
+    time.sleep(1000)
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_hang_are_told_in_time_and_end(config, monkeypatch, workers):
+    monkeypatch.setattr(data, "WATCH", 0.1)
+    monkeypatch.setattr(data, "STUCK", 0.5)
+    dataset = make_dataset(replace(config, workers=workers), "train")
+    monkeypatch.setattr(dataset.source, "image", hang)
+    began = time.monotonic()
+    with pytest.raises(DataError, match="images can no longer be read: no worker gave any for 0.5 seconds; .*disk"):
+        take(replace(config, workers=workers), dataset, 1)
+    assert 0.5 < time.monotonic() - began < 10 and not multiprocessing.active_children()
+
+
+@pytest.mark.fault(31)
+def test_closing_ends_even_a_worker_that_hangs(config, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # how long torch waits for it
+    config = replace(config, workers=1)
+    batches = train_batches(config, make_dataset(config, "train"), seed=0)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.fault(31)
+def test_a_worker_that_is_only_slow_is_waited_for(config, monkeypatch):
+    monkeypatch.setattr(data, "WATCH", 0.05)
+    config = replace(config, workers=1, batch_size=2)
+    dataset = make_dataset(config, "train")
+    image = dataset.source.image
+    monkeypatch.setattr(dataset.source, "image", lambda index, cover: time.sleep(0.1) or image(index, cover))
+    assert joined(take(config, dataset, 3))[1].tolist() == list(range(6))
 
 
 def test_a_dataset_can_be_sent_to_a_spawned_worker(config):
@@ -275,6 +354,7 @@ def saved(image, kind, **how):
     return file
 
 
+@pytest.mark.fault(29)
 def test_odd_modes_become_rgb():
     red = Image.new("RGB", (6, 4), (255, 0, 0))
     cases = {
@@ -295,6 +375,7 @@ def test_odd_modes_become_rgb():
         assert image.getpixel((2, 2)) == colour, case
 
 
+@pytest.mark.fault(29)
 def test_cmyk_jpeg_and_tiny_images_are_read(tmp_path):
     Image.new("CMYK", (40, 30), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
     Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "dot.png")
@@ -306,6 +387,7 @@ def test_cmyk_jpeg_and_tiny_images_are_read(tmp_path):
     assert load_image(tmp_path / "line.png", (16, 24)).shape == (3, 16, 24)
 
 
+@pytest.mark.fault(29)
 def test_exif_orientation_is_applied():
     image, exif = picture(3, 4, 6), Image.Exif()
     exif[0x0112] = 6
@@ -352,21 +434,71 @@ def test_drafts_are_for_training_alone_and_show_the_same_crops(tmp_path, config)
     assert 0 < difference.max() < 12 and difference.mean() < 2  # levels of 255
 
 
-# Files that do not decode
+# Odd files
+
+
+def png(side):
+    """Return a black PNG of side x side pixels in one bit each: far smaller as a file than as an image."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows, press = bytes(1 + (side + 7) // 8), zlib.compressobj()
+    pixels = b"".join([*(press.compress(rows) for _ in range(side)), press.flush()])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def levels(value, dtype):
+    return Image.fromarray(np.full((20, 20), value, dtype))
+
+
+@cache
+def odd_files():
+    """Return files that are converted, each with the image that is meant, and files that are left out, with the reason."""
+    red, exif = Image.new("RGB", (20, 20), "red"), Image.Exif()
+    photo = {kind: saved(picture(0, 64, 64), kind).getvalue() for kind in ("JPEG", "PNG")}
+    exif[ExifTags.Base.Orientation] = 6
+    clear = Image.new("P", (20, 20))
+    clear.putpalette([255, 0, 0])
+    frames = dict(save_all=True, append_images=[Image.new("RGB", (20, 20))] * 2)
+    white, grey = Image.new("RGB", (20, 20), "white"), Image.new("RGB", (20, 20), (156, 156, 156))
+    converted = {
+        "cmyk.jpg": (saved(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), "JPEG").getvalue(), red),
+        "sixteen_bit.png": (saved(levels(40000, np.uint16), "PNG").getvalue(), grey),
+        "sixteen_bit.tiff": (saved(levels(40000, np.uint16), "TIFF").getvalue(), grey),
+        "rgba.png": (saved(Image.new("RGBA", (20, 20), (255, 0, 0, 0)), "PNG").getvalue(), white),
+        "palette.png": (saved(clear, "PNG", transparency=0).getvalue(), white),
+        "palette.gif": (saved(red.convert("P", palette=Image.Palette.ADAPTIVE), "GIF").getvalue(), red),
+        "rotated.jpg": (saved(smooth(20, 40), "JPEG", quality=95, exif=exif).getvalue(),
+                        smooth(20, 40).transpose(Image.Transpose.ROTATE_270)),
+        "animation.gif": (saved(red, "GIF", **frames).getvalue(), red),
+        "animation.png": (saved(red, "PNG", **frames).getvalue(), red),
+        "dot.png": (saved(Image.new("RGB", (1, 1), "red"), "PNG").getvalue(), red),
+    }
+    left_out = {
+        "truncated.jpg": (photo["JPEG"][:2000], "runcated"),
+        "truncated.png": (photo["PNG"][:2000], "runcated"),
+        "zero.png": (b"", "cannot identify"),
+        "text.jpg": (b"no image", "cannot identify"),
+        "bomb.png": (png(20_000), "decompression bomb"),
+        "large.png": (png(9_500), "9500x9500 pixels exceed the limit"),
+        "float.tiff": (saved(levels(0.5, np.float32), "TIFF").getvalue(), "floating-point"),
+        "beyond.tiff": (saved(levels(70_000, np.int32), "TIFF").getvalue(), "beyond 16 bits"),
+        "locked.png": (photo["PNG"], "Permission denied"),
+    }
+    return converted, left_out
+
+
+CONVERTED, LEFT_OUT = 10, 9
 
 
 @pytest.fixture
-def spoilt(tmp_path, monkeypatch):
-    """Make a folder of 20 images and 6 files that are none, each for its own reason."""
+def odd(tmp_path, monkeypatch):
+    """Make a folder of 20 images and of every odd file; return how to read it as either split."""
     write_images(tmp_path / "train", 20)
-    jpeg = saved(picture(0, 64, 64), "JPEG").getvalue()
-    (tmp_path / "train/truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])
-    (tmp_path / "train/zero.png").touch()
-    (tmp_path / "train/text.jpg").write_text("no image")
-    Image.new("L", (120, 100)).save(tmp_path / "train/bomb.png")
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "train/float.tif")
-    picture(0, 20, 20).save(tmp_path / "train/locked.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    for files in odd_files():
+        for name, (written, _) in files.items():
+            (tmp_path / "train" / name).write_bytes(written)
     opened = Image.open
 
     def refuse(file, *rest):  # chmod would not stop root
@@ -375,43 +507,73 @@ def spoilt(tmp_path, monkeypatch):
         return opened(file, *rest)
 
     monkeypatch.setattr(Image, "open", refuse)
-    return DataConfig(root=str(tmp_path), resolution=[16, 16], batch_size=26, eval_batch_size=8, workers=0)
+    (tmp_path / "val").symlink_to(tmp_path / "nowhere")
+    config = DataConfig(root=str(tmp_path), resolution=[16, 16], eval_batch_size=8, workers=0)
+    return {"train": replace(config, batch_size=20 + CONVERTED + LEFT_OUT), "val": replace(config, train="none", val="train")}
 
 
-BAD = {f"{name}" for name in ("truncated.jpg", "zero.png", "text.jpg", "bomb.png", "float.tif", "locked.png")}
+bombs_warn = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_training_replaces_bad_files_and_names_each_once(spoilt):
-    dataset = make_dataset(spoilt, "train")
-    first, second = take(spoilt, dataset, 2)
-    assert len(first.images) == len(second.images) == 26
-    assert set(first.bad) == BAD == set(dataset.bad) and second.bad == []
-    assert "Permission denied" in dataset.bad["locked.png"] and "12000" not in dataset.bad["zero.png"]
-    again = take(spoilt, make_dataset(spoilt, "train"), 1, start=26)[0]
+@bombs_warn
+@pytest.mark.fault(29)
+def test_odd_files_are_converted_and_bad_ones_left_out_of_every_evaluation(odd):
+    converted, left_out = odd_files()
+    assert (len(converted), len(left_out)) == (CONVERTED, LEFT_OUT)
+    dataset = make_dataset(odd["val"], "val")
+    for _ in range(2):
+        batches = list(eval_batches(odd["val"], dataset))
+        named = [name for batch in batches for name in batch.bad]
+        assert sorted(named) == sorted(left_out)
+        images, positions = joined(batches)
+        assert positions.tolist() == [i for i in range(len(dataset)) if dataset.name(i) not in left_out]
+        assert all(len(batch.images) == len(batch.positions) for batch in batches)
+        for image, position in zip(images, positions.tolist(), strict=True):
+            if (name := dataset.name(position)) in converted:
+                meant = torch.from_numpy(np.array(crop_val(converted[name][1], (16, 16)))).permute(2, 0, 1)
+                assert (image.float() - meant.float()).abs().max() < 12, name  # JPEG's, of 255
+    for name, (_, reason) in left_out.items():
+        assert reason in dataset.bad[name], dataset.bad[name]
+
+
+@bombs_warn
+@pytest.mark.fault(29)
+def test_training_replaces_bad_files_and_names_each_once(odd):
+    dataset = make_dataset(odd["train"], "train")
+    first, second = take(odd["train"], dataset, 2)
+    assert len(first.images) == len(second.images) == odd["train"].batch_size
+    assert set(first.bad) == set(odd_files()[1]) == set(dataset.bad) and second.bad == []
+    again = take(odd["train"], make_dataset(odd["train"], "train"), 1, start=odd["train"].batch_size)[0]
     assert torch.equal(again.images, second.images)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_evaluation_leaves_bad_files_out_every_time(spoilt):
-    spoilt = replace(spoilt, train="none", val="train")
-    dataset = make_dataset(spoilt, "val")
-    for _ in range(2):
-        batches = list(eval_batches(spoilt, dataset))
-        assert {name for batch in batches for name in batch.bad} == BAD
-        assert joined(batches)[1].tolist() == [i for i in range(26) if dataset.name(i) not in BAD]
-        assert all(len(batch.images) == len(batch.positions) for batch in batches)
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@bombs_warn
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_bad_files_are_an_error(spoilt, workers):
-    spoilt = replace(spoilt, bad_files=3, workers=workers)
-    dataset = make_dataset(spoilt, "train")
-    with pytest.raises(UserError, match=r"data.bad_files: [4-6] of 26 .* at most 3.*: .*(jpg|png|tif) \("):
-        take(spoilt, dataset, 2)
+def test_too_many_bad_files_are_an_error_in_training_and_in_evaluation(odd, workers):
+    for split, batches in (("train", lambda config, dataset: take(config, dataset, 1)),
+                           ("val", lambda config, dataset: list(eval_batches(config, dataset)))):
+        config = replace(odd[split], bad_files=LEFT_OUT, workers=workers)
+        batches(config, make_dataset(config, split))
+        config = replace(config, bad_files=LEFT_OUT - 1)
+        with pytest.raises(UserError, match=r"data.bad_files: 9 of 39 files .* at most 8.*: .*(jpg|png|tiff) \("):
+            batches(config, make_dataset(config, split))
 
 
+@pytest.mark.fault(29)
+def test_files_that_a_run_left_out_before_are_not_named_again_and_count(config):
+    config = replace(config, bad_files=3)
+    dataset = make_dataset(config, "train")
+    dataset.recall(["003.png", "long gone.png", "005.png"])
+    assert set(dataset.bad) == {"003.png", "005.png"}
+    assert dataset.remember({"003.png": "ValueError: x", "007.png": "ValueError: y"}) == ["007.png"]
+    with pytest.raises(UserError, match=r"data.bad_files: 4 of 21 .* at most 3"):
+        dataset.remember({"009.png": "ValueError: z"})
+    with pytest.raises(UserError, match=r"data.bad_files: 4 of 21 .*005.png \(did not decode before\)"):
+        make_dataset(config, "train").recall([f"{number:03}.png" for number in (3, 5, 7, 9)])
+
+
+@pytest.mark.fault(29)
 def test_nothing_but_bad_files_is_an_error(tmp_path):
     (tmp_path / "train").mkdir()
     for name in "ab":
@@ -421,6 +583,7 @@ def test_nothing_but_bad_files_is_an_error(tmp_path):
         take(config, make_dataset(config, "train"), 1)
 
 
+@pytest.mark.fault(29)
 def test_load_image_names_the_file(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(UserError, match="text.png: not an image"):
@@ -432,6 +595,7 @@ def test_load_image_names_the_file(tmp_path):
 # Folders
 
 
+@pytest.mark.fault(30)
 def test_a_listing_is_sorted_recursive_and_clean(tmp_path):
     for name in ("b/1.PNG", "a/ü b/2.JpEg", "a/1.PNG", "c.webp", ".hidden.png", ".cache/x.png", "notes.txt", "d.tiff"):
         (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -447,6 +611,7 @@ def test_a_listing_is_sorted_recursive_and_clean(tmp_path):
     assert Folder(tmp_path / "all", "data.train").names == expected
 
 
+@pytest.mark.fault(30)
 def test_flat_and_class_folders_hold_the_same_images(tmp_path, config):
     write_images(tmp_path / "flat", 4)
     write_images(tmp_path / "classes/x", 2)
@@ -458,6 +623,7 @@ def test_flat_and_class_folders_hold_the_same_images(tmp_path, config):
     assert len(images[0]) == 4 and torch.equal(*images)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -488,11 +654,105 @@ def test_a_mistake_is_named_with_its_key(config, change, says):
         make_dataset(replace(config, **change), "train")
 
 
+@pytest.mark.fault(30)
+def test_a_root_with_another_shape_than_expected_says_what_it_holds(tmp_path, config):
+    def refusal(**change):
+        with pytest.raises(UserError) as caught:
+            make_dataset(replace(config, **{"root": str(tmp_path), **change}), "train")
+        return str(caught.value)
+
+    assert refusal().endswith("sub-folders: none; name one with data.train=NAME, or make one: training and evaluation need "
+                              "images of their own")
+    write_images(tmp_path / "photos" / "train", 1)
+    said = refusal()
+    assert f"no folder 'train' in {tmp_path}; sub-folders: photos; " in said and f"data.root={tmp_path / 'photos'}" in said
+    write_images(tmp_path, 3)
+    assert f"; 3 images lie in {tmp_path} itself; " in refusal()
+    (tmp_path / "train").symlink_to(tmp_path / "unmounted")
+    assert "; train is a link that leads nowhere; " in refusal()
+    assert refusal(root=str(tmp_path / "train")) == f"data.root: {tmp_path / 'train'} is a link that leads nowhere"
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("at", ["", "train", "train/cats"])
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, config, monkeypatch, at):
+    write_images(tmp_path / "train/cats", 2)
+    closed, scandir, stat = tmp_path / at, os.scandir, os.stat
+
+    def refuse(path):
+        if Path(path) == closed:  # chmod would not stop root
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path) or scandir(path))
+    monkeypatch.setattr(os, "listdir", lambda path: refuse(path))  # of which old versions of pathlib make use
+    monkeypatch.setattr(os, "stat", lambda path, **how: (refuse(path) if not at else None) or stat(path, **how))
+    # pathlib of Python 3.14 no longer tells what it may not look at from what is no folder
+    said = "the folder cannot be read .Permission denied." if at else "(cannot be read .Permission denied.|is not a folder)"
+    with pytest.raises(UserError, match=f"^{'' if at else 'data.root: '}{closed}:? {said}$"):
+        make_dataset(replace(config, root=str(tmp_path)), "train")
+
+
+@pytest.mark.fault(30)
+def test_what_can_be_used_but_may_not_be_meant_is_noted(tmp_path, config):
+    config = replace(config, root=str(tmp_path))
+    write_images(tmp_path / "train/cats", 5)
+    assert make_dataset(config, "train").notes == []
+    for name in ("dogs", "cows/old", "cats/.hidden"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    (tmp_path / "train/dogs/notes.txt").touch()
+    write_images(tmp_path / "train/birds", 2)
+    for one, other in (("000.png", "000.jpg"), ("001.png", "001.PNG")):
+        (tmp_path / "train/birds" / other).write_bytes((tmp_path / "train/birds" / one).read_bytes())
+    for number in range(4):
+        (tmp_path / f"train/{number}.png").symlink_to("/no/such/disk/0.png")
+    dataset = make_dataset(config, "train")
+    assert dataset.notes == [
+        f"data.train: {tmp_path / 'train'} has {note}" for note in (
+            "links that lead nowhere, which are left out (4): 0.png, 1.png, 2.png, ...",
+            "folders without an image (2): cows, dogs",
+            "names that differ in ending or case alone (4): birds/000.jpg, birds/000.png, birds/001.PNG, ...",
+        )
+    ]
+    assert len(dataset) == 9
+
+
+@pytest.mark.fault(30)
+def test_a_folder_in_which_nothing_can_be_used_says_what_it_has_instead(tmp_path, config):
+    for name in ("cats", "dogs"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").symlink_to("/no/such/disk/0.png")
+        (tmp_path / "train" / name / "0.heic").touch()
+    with pytest.raises(UserError) as caught:
+        make_dataset(replace(config, root=str(tmp_path)), "train")
+    for part in (f"data.train: no images below {tmp_path / 'train'}; looked for .bmp, .gif", "at any depth",
+                 "links that lead nowhere, which are left out (2): cats/0.png, dogs/0.png",
+                 "folders without an image (2): cats, dogs"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("name", ["ein Bild mit ü und 猫", os.fsdecode(b"no text \xff")], ids=["unicode", "bytes"])
+def test_any_name_that_a_file_can_have_is_read_named_and_fingerprinted(tmp_path, config, name):
+    folder = tmp_path / f"{name} root" / f"{name} train"
+    try:
+        write_images(folder / name, 3)
+    except OSError:
+        pytest.skip("this file system refuses the name")
+    (folder / name / "000.png").rename(folder / name / f"{name}.png")
+    (folder / name / f"{name} bad.png").touch()
+    dataset = make_dataset(replace(config, root=str(tmp_path / f"{name} root"), train=f"{name} train"), "train")
+    (batch,) = eval_batches(replace(config, eval_batch_size=9), dataset)
+    said = name.encode("utf-8", "backslashreplace").decode()  # text, so that any log takes it
+    assert len(batch.images) == 3 and batch.bad == [f"{said}/{said} bad.png"]
+    assert len(fingerprint(dataset)) == 12 and content(dataset)["images"] == 4
+
+
 def test_a_draft_of_what_others_decode_is_refused(config):
     with pytest.raises(UserError, match=r"data.draft: the images of data.name=photos are decoded elsewhere"):
         make_dataset(replace(config, name="photos", draft=True), "train")
 
 
+@pytest.mark.fault(30)
 def test_a_split_is_never_guessed(tmp_path, config):
     write_images(tmp_path / "train", 2)
     (tmp_path / "empty/class").mkdir(parents=True)
@@ -502,6 +762,7 @@ def test_a_split_is_never_guessed(tmp_path, config):
         make_dataset(replace(config, root=str(tmp_path), val="empty"), "val")
 
 
+@pytest.mark.fault(30)
 def test_linked_splits_are_one_folder(tmp_path, config):
     write_images(tmp_path / "train", 2)
     (tmp_path / "val").symlink_to(tmp_path / "train")
@@ -519,6 +780,33 @@ def test_fingerprint_follows_names_and_sizes(tmp_path, config):
     with (tmp_path / "train/zzz.png").open("ab") as file:
         file.write(b"x")
     assert len({first, second, print_of()}) == 3
+
+
+def test_content_follows_the_names_and_their_order_and_opens_nothing(tmp_path, config, monkeypatch):
+    write_images(tmp_path / "train", 3)
+    config = replace(config, root=str(tmp_path))
+    first = content(make_dataset(config, "train"))
+    with (tmp_path / "train/001.png").open("ab") as file:
+        file.write(b"x")
+    dataset = make_dataset(config, "train")
+    monkeypatch.setattr(os, "stat", None)
+    assert content(dataset) == first and first["images"] == 3 and re.fullmatch("[0-9a-f]{16}", first["names"])
+    dataset.source.names = dataset.source.names[::-1]
+    assert content(dataset)["images"] == 3 and content(dataset)["names"] != first["names"]
+    monkeypatch.undo()
+    (tmp_path / "train/001.png").rename(tmp_path / "train/1.png")
+    assert content(make_dataset(config, "train"))["names"] != first["names"]
+    photos = [content(make_dataset(replace(config, name="photos"), split)) for split in ("train", "val", "train")]
+    assert photos[0] == photos[2] != photos[1]
+    assert content(StreamDataset(FakeStream(5), "wds/fake", config)) == {"images": None, "names": None}
+
+
+def test_content_of_a_dataset_of_timms_is_its_name_and_length(config):
+    def of(count, name):
+        return content(ImageDataset(TimmImages([None] * count, name), config))
+
+    assert of(3, "hfds/x/train") == of(3, "hfds/x/train") != of(4, "hfds/x/train")
+    assert of(3, "hfds/x/train")["names"] != of(3, "hfds/y/train")["names"]
 
 
 # Photos
@@ -569,6 +857,7 @@ def test_a_missing_package_is_named(config, monkeypatch, name, package):
         make_dataset(replace(config, name=name), "train")
 
 
+@pytest.mark.fault(29)
 def test_torchvision_folders_are_read_by_timm(tmp_path, config):
     write_images(tmp_path / "train/a", 4)
     write_images(tmp_path / "train/b", 3, first=4)
@@ -583,6 +872,7 @@ def test_torchvision_folders_are_read_by_timm(tmp_path, config):
     assert isinstance(fingerprint(dataset), str)
 
 
+@pytest.mark.fault(29)
 def test_a_bad_file_behind_a_timm_reader_is_not_replaced(tmp_path, config):
     import timm.data
 
@@ -616,8 +906,38 @@ def test_a_stream_is_endless_in_training_and_ends_in_evaluation(config):
     assert positions.tolist() == list(range(5))
     assert torch.equal(images[1], torch.from_numpy(np.array(crop_val(picture(1, 20, 30), (16, 24)))).permute(2, 0, 1))
     assert joined(eval_batches(config, stream, limit=4))[1].tolist() == [0, 1, 2, 3]
-    with pytest.raises(UserError, match="wds/fake gives no images"):
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_gives_nothing_is_told(config, workers):
+    config = replace(config, workers=workers)
+    with pytest.raises(UserError, match="^data.name: wds/fake gives no images$"):
         take(config, StreamDataset(FakeStream(0), "wds/fake", config), 1)
+
+
+class BrokenStream(FakeStream):
+    error = OSError("the archive ends too early")
+
+    def __iter__(self):
+        yield from super().__iter__()
+        raise self.error
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_breaks_is_told_without_a_traceback(config, workers):
+    config = replace(config, workers=workers, batch_size=2)
+    batches = train_batches(config, StreamDataset(BrokenStream(5), "wds/fake", config), seed=0)
+    assert [len(next(batches).images) for _ in range(2)] == [2, 2]
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert str(caught.value) == "images can no longer be read: OSError: the archive ends too early"
+
+
+def test_a_lost_gpu_is_no_matter_of_images(config, monkeypatch):
+    monkeypatch.setattr(BrokenStream, "error", RuntimeError("Caught RuntimeError in pin memory thread: CUDA error: lost"))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        take(config, StreamDataset(BrokenStream(5), "wds/fake", config), 1)
 
 
 def test_the_config_is_a_schema_of_omegaconf(root):
@@ -626,3 +946,50 @@ def test_the_config_is_a_schema_of_omegaconf(root):
     config = OmegaConf.to_object(schema)
     assert config == DataConfig(root=str(root), resolution=[16, 16], resize=20)
     assert make_dataset(schema, "val")[Key(0, 0)][0].shape == (3, 16, 16)
+
+
+# Whole runs
+
+
+@bombs_warn
+@pytest.mark.fault(29)
+def test_a_run_names_and_counts_what_it_left_out(recipe, odd, tmp_path, capsys):
+    (tmp_path / "val").unlink()
+    write_images(tmp_path / "val", 5)
+    for path in (tmp_path / "val/zero.png", tmp_path / "train" / os.fsdecode(b"no text \xff.png")):
+        path.touch()
+    result = run(recipe(VQ, f"data.root={tmp_path}", "data.batch_size=1", "epochs=1"), tmp_path / "run")
+    left_out = [*odd_files()[1], r"no text \udcff.png"]
+    assert sorted(result["run"]["files_left_out"]) == sorted(left_out)
+    assert result["card"]["files_left_out"] == ["zero.png"] and result["metrics"]["images"] == 5
+    said = capsys.readouterr().err
+    assert all(said.count(f"{name} does not decode") == 1 for name in left_out)
+
+
+@bombs_warn
+@pytest.mark.fault(29)
+def test_a_run_that_meets_too_many_bad_files_ends_with_their_names(recipe, odd, tmp_path):
+    (tmp_path / "val").unlink()
+    write_images(tmp_path / "val", 5)
+    with pytest.raises(UserError, match=r"data.bad_files: \d+ of 39 files do not decode, but at most 5, "):
+        Trainer(recipe(VQ, f"data.root={tmp_path}", "data.batch_size=13", "data.bad_files=5"), tmp_path / "run").run()
+
+
+@pytest.mark.fault(31)
+def test_a_run_whose_worker_is_killed_is_saved_and_goes_on(recipe, listeners, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "WATCH", 0.1)
+    tiny = recipe(VQ, "data.workers=1", "epoch_steps=6")
+    run(tiny, tmp_path / "whole")
+
+    def kill(progress, **_):
+        if progress.step == 1:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    listeners["refresh_codes"] = kill
+    with pytest.raises(DataError, match="images can no longer be read: a worker process was ended by signal 9"):
+        run(tiny, tmp_path / "run")
+    (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
+    assert 2 <= int(saved.name.removeprefix("step_")) < 6
+    listeners.clear()
+    run(tiny, tmp_path / "run", resume="auto")
+    assert not unequal(exported(tmp_path / "run"), exported(tmp_path / "whole"))

@@ -206,13 +206,13 @@ def test_a_resumed_run_knows_the_age_of_its_codes(recipe, tmp_path, listeners):
 
     def stop(progress, **_):
         if progress and progress.step == 5:
-            raise InterruptedError
+            raise KeyboardInterrupt
 
     listeners["quantize"] = stop
-    with pytest.raises(InterruptedError):
+    with pytest.raises(KeyboardInterrupt):
         run(recipe(never_replacing(VQ)), tmp_path / "run")
     listeners.clear()
-    resumed, _ = run(recipe(never_replacing(VQ)), tmp_path / "run", resume=True)
+    resumed, _ = run(recipe(never_replacing(VQ)), tmp_path / "run", resume="auto")
     assert torch.equal(resumed.code_ages, whole.code_ages) and whole.code_ages.max() > STEPS_PER_EPOCH
     for name in ("whole", "run"):
         saved = checkpoint.load(tmp_path / name / "checkpoints" / "step_000000006")[0]["codes"]["age"]

@@ -19,13 +19,14 @@ from torchmetrics.image.kid import poly_mmd
 
 from vqzoo.cli import main
 from vqzoo.codebook import Table
-from vqzoo.data import Batch, crop_val, to_bytes, to_images
+from vqzoo.data import Batch, DataConfig, crop_val, eval_batches, to_bytes, to_images
 from vqzoo.errors import UserError
 from vqzoo.evaluation import METRICS, PROTOCOLS, EvaluateConfig, FeaturesConfig, better, check
 from vqzoo.evaluation.distances import Moments, frechet_distance, kernel_distance, precision_recall
 from vqzoo.evaluation.evaluate import Evaluator
 from vqzoo.evaluation.meters import pooled
 from vqzoo.evaluation.networks import Inception, Pooled
+from vqzoo.evaluation.pictures import sample_folder
 from vqzoo.evaluation.pixels import decibels, psnr, squared_error, ssim_uniform
 from vqzoo.evaluation.protocols import Pair, crop_halving, crop_unfiltered, signed, truncated
 from vqzoo.evaluation.report import compare
@@ -230,6 +231,7 @@ def test_the_frechet_distance_is_that_of_float64_eigenvalues():
     assert frechet_distance(moments(one), moments(other)) == pytest.approx(frechet_by_eigenvalues(one, other), rel=1e-9)
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("count", [2, 5, 300])
 def test_the_frechet_distance_of_a_set_to_itself_is_0_also_with_few_images(count):
     one = np.random.default_rng(5).normal(size=(count, 64)) * np.geomspace(1e-3, 30, 64) + 100
@@ -288,6 +290,7 @@ def test_inceptions_other_resizing_is_pytorch_fids(inception, levels):
     torch.testing.assert_close(seen[0], 2 * wanted - 1)
 
 
+@pytest.mark.fault(37)
 def test_inception_of_another_file_is_refused(inception, monkeypatch):
     monkeypatch.setitem(SOURCES, "inception", Source(inception.url, inception.bytes, "0" * 64))
     with pytest.raises(UserError, match="SHA-256 .* was published; delete"):
@@ -338,6 +341,7 @@ EVERYTHING = ("psnr", "ssim", "usage", "perplexity", "entropy", "bits_per_token"
               "fd", "fd_kid", "fd_precision", "fd_recall")
 
 
+@pytest.mark.fault(36)
 def test_the_identity_is_perfect(inception, levels):
     result = Evaluator(config(*EVERYTHING), CPU).tokenizer(Identity(), batches(levels, 4))
     metrics = result.metrics
@@ -349,6 +353,7 @@ def test_the_identity_is_perfect(inception, levels):
         assert len(result.networks[name]["sha256"]) == 64
 
 
+@pytest.mark.fault(36)
 def test_metrics_do_not_depend_on_the_batch(levels):
     metrics = [name for name in EVERYTHING if name not in ("rfid", "kid", "precision", "recall")]
     found = [Evaluator(config(*metrics), CPU).tokenizer(Stub(), batches(levels, size)).metrics for size in (1, 7, 64)]
@@ -389,6 +394,7 @@ def test_entropy_is_the_logarithm_of_perplexity(levels):
     assert 2 ** metrics["entropy"] == pytest.approx(metrics["perplexity"]) and metrics["bits_per_token"] == math.log2(SIZE)
 
 
+@pytest.mark.fault(37)
 def test_what_cannot_be_measured_is_missing_and_the_rest_comes(levels, monkeypatch, tmp_path):
     monkeypatch.setenv("VQZOO_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("VQZOO_OFFLINE", "1")
@@ -401,6 +407,7 @@ def test_what_cannot_be_measured_is_missing_and_the_rest_comes(levels, monkeypat
             assert part in result.missing[name]
 
 
+@pytest.mark.fault(36)
 def test_lpips_is_torchmetrics_with_random_weights(levels, monkeypatch, tmp_path):
     import torchvision
     from torchmetrics.functional.image import lpips as reference
@@ -548,6 +555,32 @@ def test_pairs_are_matched_by_name_each_at_its_own_size(tmp_path):
     refused("would both be a; keep one", "eval", tmp_path / "made", "--data", tmp_path / "images")
 
 
+@pytest.mark.fault(30)
+def test_no_reconstruction_is_written_over_another(trained, small_photos, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("a.png", "a.jpg", "b.png"):
+        shutil.copy(small_photos / "val" / "00.png", tmp_path / "data" / name)
+    succeed("eval", trained, "--data", tmp_path / "data", "--metrics", "psnr")
+    refused("--save-images: what is made of a.jpg and of a.png would be one file", "eval", trained, "--data", tmp_path / "data",
+            "--metrics", "psnr", "--save-images", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.fault(29)
+def test_samples_that_do_not_decode_are_left_out(small_photos, tmp_path):
+    samples = shutil.copytree(small_photos / "val", tmp_path / "samples")
+    (samples / "0 bad.png").touch()
+    dataset = sample_folder(samples, "SAMPLES", None, PROTOCOLS["adm-gfid"], 4)
+    found = list(eval_batches(DataConfig(eval_batch_size=4, workers=0), dataset))
+    assert dataset.resolution == (40, 40) and [len(batch.images) for batch in found] == [3, 4]
+    assert [batch.bad for batch in found] == [["0 bad.png"], []]
+    for file in samples.iterdir():
+        file.write_text("no picture")
+    with pytest.raises(UserError, match="samples: none of its 8 pictures can be read"):
+        sample_folder(samples, "SAMPLES", None, PROTOCOLS["adm-gfid"], 4)
+
+
+@pytest.mark.fault(29)
 def test_a_pair_that_does_not_decode_is_named_and_left_out(tmp_path):
     for folder in ("images", "made"):
         (tmp_path / folder).mkdir()
@@ -651,6 +684,7 @@ def test_results_side_by_side_and_what_must_not_stand_there(trained, small_photo
     refused("network of fd_resnet10t_random", "compare", tmp_path / "e.json", tmp_path / "f.json")
 
 
+@pytest.mark.fault(37)
 def test_weights_are_listed_fetched_and_verified(tmp_path, monkeypatch):
     file = tmp_path / "published" / "net.pth"
     file.parent.mkdir()
@@ -671,6 +705,27 @@ def test_weights_are_listed_fetched_and_verified(tmp_path, monkeypatch):
     (tmp_path / "here" / "net.pth").write_bytes(b"weighty")
     refused("missing or not what was published", "weights", "verify", *place)
     refused("delete the file and fetch it again", "weights", "fetch", "net", *place)
+
+
+@pytest.mark.fault(37)
+def test_offline_an_evaluation_asks_for_no_download(trained, small_photos, tmp_path, monkeypatch):
+    asked = []
+
+    def unreachable(url, *rest, **how):
+        asked.append(url)
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setenv("VQZOO_WEIGHTS", str(tmp_path))
+    for name in ("VQZOO_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    command = ["eval", trained, "--data", small_photos / "val", "--metrics", "psnr,rfid,lpips_vgg"]
+    assert "no route" in succeed(*command).out and len(asked) == 2
+    said = succeed(*command, "--offline").out
+    assert len(asked) == 2 and said.count("this is offline") == 2
+    for source in (SOURCES["inception"], SOURCES["vgg16"]):
+        assert all(part in said for part in (source.file.name, f"{source.bytes:,} bytes", source.sha256))
+    assert said.count("vqzoo weights fetch") == 2
 
 
 # ---- in training

@@ -125,6 +125,7 @@ def test_images_that_the_network_cannot_take_are_explained():
         features(pair((48, 32))[0])
 
 
+@pytest.mark.fault(37)
 def test_weights_out_of_reach_are_named_with_their_address(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("hub out of reach")
@@ -186,6 +187,7 @@ def source(tmp_path, monkeypatch):
     return made
 
 
+@pytest.mark.fault(37)
 def test_a_missing_file_is_downloaded_once_and_fills_a_module(source, monkeypatch):
     before = socket.getdefaulttimeout()
     module = nn.Linear(2, 1)
@@ -196,6 +198,7 @@ def test_a_missing_file_is_downloaded_once_and_fills_a_module(source, monkeypatc
     load_published(module, "net", None, "plugins.x.weights", "features.")
 
 
+@pytest.mark.fault(37)
 def test_a_download_of_another_hash_is_refused_and_leaves_nothing(source):
     wrong = Source(source.url, 1, "abcdef01")
     with pytest.raises(UserError, match="abcdef01.*invalid hash"):
@@ -203,6 +206,7 @@ def test_a_download_of_another_hash_is_refused_and_leaves_nothing(source):
     assert not list(wrong.file.parent.glob("*.pth*partial")) and not wrong.file.exists()
 
 
+@pytest.mark.fault(37)
 def test_a_server_that_does_not_answer_is_given_up(source, monkeypatch):
     monkeypatch.setattr(weights, "TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -445,6 +449,7 @@ def test_a_run_trains_with_both_and_its_tokenizer_needs_neither(recipe, backbone
     assert set(tokenizer.plugins) == {"vq"} and tokenizer.encode(pair()[0]).shape == (2, 8, 8)
 
 
+@pytest.mark.fault(37)
 def test_missing_weights_end_a_run_before_its_folder_is_made(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))

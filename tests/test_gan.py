@@ -12,6 +12,7 @@ from plugins_for_tests import Probe
 from test_training import COMMON, assert_equal_up_to_rounding, checkpoint_at, events, state, unequal
 
 from vqzoo import PatchDiscriminator, PluginError, Progress, UserError, hookimpl, ops
+from vqzoo.pictures import Pictures
 from vqzoo.prepare import build, enter, make_discriminator
 from vqzoo.recipe import load_recipe
 from vqzoo.tokenizer import make_plugin
@@ -227,6 +228,7 @@ def test_the_paper_lineages_discriminator_has_its_size():
     assert sum(p.numel() for p in PatchDiscriminator().parameters()) == pairs - 3 * 64 * 16
 
 
+@pytest.mark.fault(32)
 def test_images_too_small_for_the_discriminator_are_told_before_training(recipe, tmp_path):
     with pytest.raises(UserError, match=r"plugins\.gan\.layers: .* get 32x32"):
         Trainer(recipe(ONE, "plugins.gan.layers=4"), tmp_path / "run")
@@ -366,7 +368,7 @@ def test_pictures_and_moments_survive_an_interruption(recipe, phases, tmp_path, 
     whole, again = (Trainer(recipe(PHASES, *overrides), tmp_path / name) for name in ("whole", "again"))
     whole.run()
     interrupt(again, monkeypatch)
-    Trainer(recipe(PHASES, *overrides), tmp_path / "again", resume=True).run()
+    Trainer(recipe(PHASES, *overrides), tmp_path / "again", resume="auto").run()
     one, other = (checkpoint_at(tmp_path / name, 10) for name in ("whole", "again"))
     for part in ("tokenizer", "average", "discriminator", "discriminator_optimizer", "pictures_before"):
         assert one[part] and not unequal(one[part], other[part]), part
@@ -440,6 +442,7 @@ def test_a_network_that_cannot_be_had_is_told_before_training(recipe, tmp_path, 
     assert text in str(refused.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault(23)
 def test_a_discriminator_that_needs_more_images_is_told_before_training(recipe, tmp_path, backbone):
     wanted = TIMM.replace("TRAIN", "true").replace("PATH", str(backbone)).replace("[0, 1]", "[4]")
     with pytest.raises(UserError, match=r"plugins\.gan\.network: .* batches of 1 and 32x32: Expected more than 1 value"):
@@ -463,30 +466,30 @@ def test_steps_of_the_two_sides_leave_each_other_no_gradient(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("numbers, text", [
-    ({"logits_real": 1.0}, "two plugins report a number called 'logits_real'"),
-    ({"a": torch.zeros(2)}, "'a' is no number but Tensor"),
-    ([1], "hook report, served by gan, returned list where dict is expected"),
+    ({"logits_real": 1.0}, "gan, returned the number 'logits_real', as another plugin does;"),
+    ({"a": torch.zeros(2)}, "probe, returned as number 'a' a tensor [2] of torch.float32 on cpu"),
+    ([1], "probe, returned list where dict is expected"),
 ])
 def test_reports_that_cannot_be_shown_are_told_before_training(recipe, tmp_path, monkeypatch, numbers, text):
     monkeypatch.setattr(Probe, "report", hookimpl(lambda self: numbers), raising=False)
-    with pytest.raises(PluginError, match="hook report") as refused:
+    with pytest.raises(PluginError) as refused:
         Trainer(recipe(PHASES), tmp_path / "run")
-    assert text.replace("gan", "probe and gan") in str(refused.value) or text in str(refused.value)
+    assert f"hook report, served by {text}" in str(refused.value)
 
 
 def test_a_loss_that_rests_now_and_then_joins_once(recipe, tmp_path):
     job = Trainer(recipe(ONE), tmp_path / "run")
-    job.pictured, job.counters.losses = job.fixed[:2], ["l1"]
+    job.pictures, job.counters.losses = Pictures(job.fixed[:2]), ["l1"]
     job.counters.step_in_stage = 3
     for names in (["l1", "lazy"], ["l1"], ["l1", "lazy"]):
-        job._picture_before(names)
-        first = job.pictures_before["lazy"]
-    assert job.pictures_before["lazy"] is first and job.counters.losses == ["l1", "lazy"]
+        job._note_losses(names)
+        first = job.pictures.before["lazy"]
+    assert job.pictures.before["lazy"] is first and job.counters.losses == ["l1", "lazy"]
 
 
 def test_another_number_of_pictures_resumes(recipe, tmp_path, monkeypatch):
     interrupt(Trainer(recipe(PHASES), tmp_path / "run"), monkeypatch)
-    result = Trainer(recipe(PHASES, "log.images=3"), tmp_path / "run", resume=True).run()
+    result = Trainer(recipe(PHASES, "log.images=3"), tmp_path / "run", resume="auto").run()
     assert result["run"]["step"] == 10
 
 

@@ -61,15 +61,15 @@ class Modest(Plugin):
 
 
 class Contributor(Plugin):
-    """Contribute to hooks of which there may be many."""
+    """Contribute to hooks of which there may be many; the number of codes tells which plugin answered."""
 
     @hookimpl
     def refresh_codes(self, latents, generator):
-        return self
+        return id(self)
 
     @hookimpl
     def stage_transition(self):
-        return self
+        return True
 
 
 class Wrapper(Plugin):
@@ -179,6 +179,7 @@ def test_trylast_serves_when_alone_or_named():
     assert call(hooks, "make_codebook") is plugins["modest"]
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("kind", [Eager, Modest])
 def test_rivals_are_refused_with_the_key_and_both_names(kind):
     assert refusal(first=kind, second=kind).startswith("hooks.make_codebook: first and second all offer make_codebook;")
@@ -197,6 +198,7 @@ def test_an_unknown_hook_is_refused_with_the_nearest():
     assert message.startswith("hooks.refresh_code: ") and "did you mean 'refresh_codes'?" in message
 
 
+@pytest.mark.fault(35)
 def test_an_unknown_plugin_is_refused_with_the_nearest():
     message = refusal({"make_codebook": ["eagre"]}, eager=Eager)
     assert message.startswith("hooks.make_codebook: 'eagre'") and "did you mean 'eager'?" in message
@@ -233,6 +235,7 @@ def test_a_required_hook_without_provider_is_refused_with_who_offers_it(name, in
     assert message.startswith(f"hooks.{name}: nobody serves {name}; add one of") and "spare" in message
 
 
+@pytest.mark.fault(34)
 def test_a_broken_plugin_of_somebody_else_does_not_hide_the_message(install):
     install(entry("absent", "module_that_is_nowhere"))
     message = refusal(required=["make_codebook"], other=Contributor)
@@ -248,14 +251,14 @@ def test_embedding_loss_alone_of_the_required_hooks_may_be_routed_to_nobody():
 
 def test_many_hooks_are_called_in_the_order_of_the_recipe():
     hooks, plugins = wired(c=Contributor, a=Contributor, b=Contributor)
-    assert call(hooks, "refresh_codes") == [plugins["c"], plugins["a"], plugins["b"]]
+    assert call(hooks, "refresh_codes") == [id(plugins[name]) for name in ("c", "a", "b")]
     assert hooks.providers("refresh_codes") == ["c", "a", "b"]
 
 
 def test_routing_many_hooks_keeps_the_order_of_the_recipe_and_leaves_the_rest_out():
     routing = {"refresh_codes": ["b", "c"], "stage_transition": []}
     hooks, plugins = wired(routing, c=Contributor, a=Contributor, b=Contributor)
-    assert call(hooks, "refresh_codes") == [plugins["c"], plugins["b"]]
+    assert call(hooks, "refresh_codes") == [id(plugins[name]) for name in ("c", "b")]
     assert call(hooks, "stage_transition") == []
 
 
@@ -277,12 +280,14 @@ def test_asks_for_tells_whether_a_bound_implementation_names_the_argument():
 # ---- plugins that do not fit
 
 
+@pytest.mark.fault(34)
 def test_a_misspelt_hook_in_a_plugin_is_a_user_error_that_names_both():
     odd = type("Odd", (Plugin,), {"quantise": hookimpl(lambda self, latents: None)})
     message = refusal(odd=odd)
     assert "plugin 'odd'" in message and "quantise" in message and "quantize" in message.rsplit("hooks: ")[-1]
 
 
+@pytest.mark.fault(34)
 def test_a_misspelt_argument_in_a_plugin_is_a_user_error_that_names_it():
     odd = type("Odd", (Plugin,), {"quantize": hookimpl(lambda self, latent: None)})
     message = refusal(odd=odd)
@@ -294,6 +299,7 @@ def broken(name, answer):
     return type("Broken", (Plain,), {name: hookimpl(lambda self: answer)})
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize(
     ("hook", "wanted"),
     [
@@ -314,6 +320,7 @@ def test_a_provider_that_returns_something_else_is_named(hook, wanted, answer, i
 CODES, INDICES = torch.zeros(2, 16, 8), torch.zeros(2, 16, dtype=torch.int64)
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize(
     ("codes", "indices", "said"),
     [
@@ -388,6 +395,7 @@ def test_an_entry_point_may_name_a_package_whose_modules_are_found_unimported(tm
         find("broken").load()
 
 
+@pytest.mark.fault(34)
 def test_two_installed_plugins_of_one_name_are_refused_with_both_distributions(install):
     install(entry("vq", f"{__name__}:Eager", "vqzoo-rival"))
     with pytest.raises(UserError) as caught:
@@ -401,6 +409,7 @@ def test_one_entry_point_seen_twice_is_no_clash(install):
     assert find("strange").load() is Eager
 
 
+@pytest.mark.fault(34)
 def test_two_classes_of_one_module_under_one_name_are_refused(install):
     install(entry("strange", f"{__name__}:Eager", "one"), entry("strange", f"{__name__}:Modest", "two"))
     with pytest.raises(UserError, match="'strange'"):
@@ -419,12 +428,14 @@ def test_a_module_without_exactly_one_plugin_is_refused_when_used(value, count, 
         find("odd").load()
 
 
+@pytest.mark.fault(34)
 def test_a_failing_import_is_a_user_error_that_names_plugin_and_cause(install):
     install(entry("absent", "module_that_is_nowhere:Thing", "ghost"))
     with pytest.raises(UserError, match=r"'absent' \(ghost\).*module_that_is_nowhere"):
         find("absent").load()
 
 
+@pytest.mark.fault(35)
 def test_a_plugin_that_is_not_installed_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"plugins.simqv: .*did you mean 'simvq'\?"):
         find("simqv")

@@ -94,6 +94,7 @@ def test_ssim_is_scikit_images_but_for_the_edges(kind):
         assert ours == pytest.approx(structural_similarity(one, two, **settings), abs=0.05)
 
 
+@pytest.mark.fault(36)
 def test_identity_is_infinite_psnr_and_ssim_1_also_where_it_is_bright_and_even():
     for kind in ("waves", "noise", "white"):
         images, _ = pairs(kind)
@@ -214,6 +215,7 @@ def test_psnr_and_ssim_are_means_over_images(levels):
     assert metrics["images"] == 7 and metrics["tokens_per_image"] == 12
 
 
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("size", [1, 3, 7])
 def test_metrics_do_not_depend_on_the_batch_size(levels, depth, size):
@@ -222,6 +224,7 @@ def test_metrics_do_not_depend_on_the_batch_size(levels, depth, size):
     assert metrics == pytest.approx(whole, abs=1e-9)
 
 
+@pytest.mark.fault(36)
 def test_a_real_tokenizer_and_loader_give_the_same_whatever_the_batch(make_recipe, small_photos):
     tokenizer, found = build(make_recipe("vq")), []
     for size in (1, 3, 7):
@@ -250,6 +253,7 @@ def test_a_tokenizer_without_indices_has_no_usage(levels):
     assert "psnr" in table(metrics)
 
 
+@pytest.mark.fault(29)
 def test_files_that_do_not_decode_are_named_and_not_counted(levels):
     empty = Batch(torch.empty(0, 3, 32, 24, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), ["worse.png"])
     partial = Batch(levels[:2], torch.arange(2), ["bad.png"])
@@ -266,6 +270,7 @@ def test_evaluation_leaves_the_mode_as_it_was(levels):
         assert stub.training is mode
 
 
+@pytest.mark.fault(23)
 def test_nothing_evaluated_is_nan_and_not_a_crash():
     metrics, _ = evaluate(Stub(), [])
     assert math.isnan(metrics["psnr"]) and math.isnan(metrics["ssim"]) and metrics["images"] == 0

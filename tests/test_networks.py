@@ -1,6 +1,7 @@
 """Encoders by timm name and decoders: shapes, gradients, normalisation, weights and the user's mistakes."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,7 @@ def test_a_weight_file_of_our_own_encoder_is_loaded_and_a_foreign_one_refused(tm
         small_encoder(pretrained=str(tmp_path / "bad.safetensors"))
 
 
+@pytest.mark.fault(37)
 def test_missing_weights_name_the_way_out(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"encoder\.pretrained.*nowhere\.safetensors"):
         Encoder("resnet18", 4, 8, (32, 32), pretrained=str(tmp_path / "nowhere.safetensors"))
@@ -232,6 +234,7 @@ def test_copies_and_state_dicts_compute_the_same():
         assert not any(m.training for m in twin.train().modules() if isinstance(m, nn.BatchNorm2d))
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -242,6 +245,7 @@ def test_copies_and_state_dicts_compute_the_same():
         ({"resolution": (32, 36)}, r"32x36.*stride 8.*32x32"),
         ({"args": {"widht": 8}}, r"encoder\.args: vqgan_encoder.*widht"),
         ({"args": {"mean": 0.5}}, r"encoder\.args\.mean: 0\.5"),
+        ({"args": {**SMALL, "in_chans": 1}}, r"encoder\.args\.in_chans: 1 for vqgan_encoder, where images have 3 channels"),
         ({"batch_norm": "freeze"}, r"encoder\.batch_norm: 'freeze'.*'frozen'.*sync"),
         ({"pretrained": True}, r"encoder\.pretrained.*vqgan_encoder.*path"),
     ],
@@ -251,6 +255,14 @@ def test_mistakes_of_an_encoder_are_explained(options, message):
         small_encoder(**options)
 
 
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 4, 32, 32), (3, 32, 32)])
+def test_images_of_another_number_of_channels_are_refused(shape):
+    with pytest.raises(UserError, match=rf"encoder: images are \[B, 3, H, W\].*these are {re.escape(str(list(shape)))}$"):
+        small_encoder()(torch.zeros(shape))
+
+
+@pytest.mark.fault(32)
 def test_images_that_do_not_fit_are_explained():
     with pytest.raises(UserError, match="36x32.*stride 8"):
         small_encoder()(images((36, 32)))
@@ -258,6 +270,7 @@ def test_images_that_do_not_fit_are_explained():
         Encoder("inception_v3", 4, 8, (96, 96))(images((96, 96)))
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize(
     "name, stride, args, message",
     [

@@ -101,6 +101,7 @@ def test_nearest_codes_take_the_first_of_equal_codes(monkeypatch, tile, width):
         assert torch.equal(indices, first[indices])
 
 
+@pytest.mark.fault(21)
 def test_equal_codes_of_a_constant_codebook_give_index_zero():
     indices, distances = nearest_codes(normal(50, 12), torch.full((9000, 12), 0.3))
     assert indices.eq(0).all()
@@ -144,6 +145,7 @@ def test_sizes_whose_squares_overflow_do_not_matter(scale):
     assert torch.equal(nearest_codes(latents, mixed)[0], exact)
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-21, 1e-20, 1e-19, 1e-10, 1e9])
 @pytest.mark.parametrize("width", [1, 2, 8])
 def test_numbers_that_underflow_and_one_that_is_huge_do_not_matter(scale, width):
@@ -257,6 +259,7 @@ def test_loss_and_gradient_are_as_exact_as_the_dense_formula(shape, offset, chos
     assert (ours <= naive * (1 if offset else 2) + 1e-6).all()
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("temperature", [1e-3, 0.35, 1e3])
 def test_loss_with_equal_codes_and_latents_on_codes(temperature):
     vectors = normal(8, 4, seed=1).repeat(3, 1) + 2
@@ -335,6 +338,7 @@ def test_loss_ignores_autocast_and_strides():
     assert half.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.fault(23)
 def test_loss_without_gradient_and_without_latents():
     latents, vectors, indices = normal(11, 5), normal(20, 5, seed=1).requires_grad_(), torch.arange(11)
     with torch.no_grad():
@@ -568,6 +572,7 @@ def test_soft_assignments_and_their_gradients_are_the_dense_formulas(monkeypatch
         assert relative_error(ours.detach(), exact.detach()) < 1e-5 * max(1, 0.1 / temperature)
 
 
+@pytest.mark.fault(21)
 @ONCE
 def test_soft_assignments_are_finite_where_they_are_hard():
     latents, vectors = (x.requires_grad_() for x in (normal(23, 5) * 100, normal(40, 5, seed=1) * 100))

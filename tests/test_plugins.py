@@ -607,6 +607,7 @@ def test_kmeans_is_a_function_of_the_generator():
     assert torch.equal(one, two) and not torch.equal(one, three)
 
 
+@pytest.mark.fault(23)
 def test_kmeans_collects_as_many_latents_per_code_as_asked():
     taken = []
 
@@ -644,6 +645,7 @@ def test_decoding_what_was_encoded_equals_the_evaluation_forward_bit_for_bit(nam
     assert torch.equal(made.decode(indices.int()), output.reconstructions)
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("names", COMBINATIONS)
 def test_an_exported_tokenizer_loads_bit_for_bit(names, tmp_path):
     made, images = tokenizer(*names), pictures()
@@ -689,6 +691,7 @@ def test_exporting_into_a_strangers_folder_is_refused_and_changes_nothing(file, 
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.fault(39)
 def test_an_export_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
     made = tokenizer("vq")
     made.save_pretrained(tmp_path / "kept")
@@ -705,6 +708,7 @@ def test_an_export_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_p
     assert same(Tokenizer.from_pretrained(tmp_path / "kept").state_dict(), made.state_dict())
 
 
+@pytest.mark.fault(39)
 def test_tied_tensors_can_be_exported(tmp_path):
     made = tokenizer("vq")
     made.decoder.tied = made.decoder.conv_out.weight
@@ -755,6 +759,7 @@ def test_the_environment_is_not_read_into_an_export(tmp_path, monkeypatch):
     assert "canary" not in str(caught.value)
 
 
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
 def test_an_exported_tokenizer_must_fit_its_configuration_tensor_by_tensor(damage, tmp_path):
     tokenizer("simvq").save_pretrained(tmp_path)
@@ -771,6 +776,17 @@ def test_an_exported_tokenizer_must_fit_its_configuration_tensor_by_tensor(damag
     assert ("codebook.spare" if damage == "extra" else "codebook.table") in str(caught.value)
 
 
+@pytest.mark.fault(39)
+def test_no_tensor_of_an_export_may_be_missing(tmp_path):
+    tokenizer("simvq").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for missing in tensors:
+        save_file({name: value for name, value in tensors.items() if name != missing}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=rf"(?s)does not fit config.json: .*{re.escape(missing)}"):
+            Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.fault(39)
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("content", [None, "{", "[1]", '{"encodr": {}}'])
 def test_a_damaged_export_is_a_user_error_that_names_the_file(file, content, tmp_path):
@@ -798,6 +814,7 @@ def test_evaluation_changes_nothing(names, encoder):
     assert same(before, state(made)) and made.codebook.take_replaced() == []
 
 
+@pytest.mark.fault(36)
 def test_evaluation_does_not_depend_on_the_rest_of_the_batch():
     made, images = tokenizer("vq"), pictures(count=3)
     spread_codes(made, images)

@@ -41,10 +41,11 @@ def test_resuming_beside_a_recipe_of_ones_own_is_refused_and_leaves_it_as_it_is(
     (tmp_path / "recipe.yaml").write_text("# mine\n" + PLAIN.replace("ROOT", "nowhere"))
     before = (tmp_path / "recipe.yaml").read_text()
     with pytest.raises(UserError, match="not written by a run"):
-        Trainer(recipe(PLAIN), tmp_path, resume=True)
+        Trainer(recipe(PLAIN), tmp_path, resume="auto")
     assert (tmp_path / "recipe.yaml").read_text() == before
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_split_in_which_nothing_decodes_leaves_no_folder(split, recipe, tmp_path):
     for name in ("train", "val"):
@@ -60,6 +61,7 @@ def test_a_split_in_which_nothing_decodes_leaves_no_folder(split, recipe, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fault(32)
 def test_a_network_that_cannot_process_the_images_leaves_no_folder(recipe, tmp_path):
     made = recipe(PLAIN, "encoder.name=resnet18", "encoder.stride=4", "encoder.args={in_chans: 1}")
     made.encoder.args = {"in_chans": 1}
@@ -84,6 +86,7 @@ def test_the_key_of_a_freeze_pattern_is_its_stage(recipe):
         build(recipe(PLAIN + "stages: [{name: joint, freeze: ['nobody.*']}]\n"))
 
 
+@pytest.mark.fault(39)
 def test_rivals_that_a_stage_routes_train_and_their_export_loads(recipe, tmp_path):
     """Two complete quantizers, each serving a part: what is exported needs no route for what only training asks."""
     text = COMMON + """
@@ -172,7 +175,7 @@ def test_a_resumed_run_needs_no_weights_from_elsewhere(recipe, tmp_path):
     made = recipe(text, f"init_from={tmp_path / 'first'}")
     run(made, tmp_path / "out")
     (tmp_path / "first").rename(tmp_path / "gone")
-    run(made, tmp_path / "out", resume=True)
+    run(made, tmp_path / "out", resume="auto")
     assert exported(tmp_path / "out")
 
 
@@ -188,8 +191,9 @@ def test_a_stage_that_a_plugin_names_and_nobody_has_is_told(recipe, tmp_path):
 
 def test_the_rehearsal_of_losses_leaves_no_trace(recipe, tmp_path):
     text = PLAIN.replace("probe: {}", "gan: {layers: 1, width: 8, lecam: 1}")
-    ready, torch_state = prepare(recipe(text)), torch.get_rng_state()
-    again = prepare(recipe(text))
+    accelerator = make_accelerator(recipe(text))
+    ready, torch_state = prepare(recipe(text), accelerator), torch.get_rng_state()
+    again = prepare(recipe(text), accelerator)
     for one, other in ((ready.tokenizer, again.tokenizer), (ready.discriminator, again.discriminator)):
         assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
         assert all(parameter.grad is None for parameter in one.parameters())

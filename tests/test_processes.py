@@ -139,11 +139,13 @@ def test_the_result_is_that_of_one_process_up_to_rounding(runs):
     assert_equal_up_to_rounding(checkpoint_at(runs.one, STEPS), checkpoint_at(runs.two, STEPS), STEPS)
 
 
+@pytest.mark.fault(27)
 def test_the_learning_rate_curve_is_that_of_one_process(runs):
     two, one = ([(e.step, e.value) for e in events(out).Scalars("train/learning_rate")] for out in (runs.two, runs.one))
     assert two == one and len(one) == STEPS
 
 
+@pytest.mark.fault(23, 27, 36)
 def test_metrics_count_each_held_out_image_once(runs):
     two, one = runs.metrics(runs.two), runs.metrics(runs.one)
     assert two["metrics"]["images"] == 7  # batches of 2: four images for one process, three for the other
@@ -152,6 +154,7 @@ def test_metrics_count_each_held_out_image_once(runs):
     assert (two["card"]["hardware"]["processes"], one["card"]["hardware"]["processes"]) == (2, 1)
 
 
+@pytest.mark.fault(36)
 def test_an_evaluation_by_two_processes_is_that_of_one(runs, small_photos, tmp_path):
     metrics = "metrics=[psnr,ssim,usage,perplexity,fd,fd_kid,fd_precision,fd_recall]"
     fd = ["fd.name=resnet10t", "fd.pretrained=false", "fd.size=32"]
@@ -196,6 +199,6 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both_before_the_update(ru
         ["run", str(runs.recipe), *OVERRIDES, *poisoned, "--out", str(tmp_path / "run")]
     )
     assert (first, second) == (1, 1), said_by_first + said_by_second
-    assert "NonFiniteError: step 1 (epoch 1, stage 'joint'): loss 'l1' is not finite" in said_by_second
-    assert "NonFiniteError: step 1 (epoch 1, stage 'joint')" in said_by_first
+    for said in (said_by_first, said_by_second):  # the first knows what went wrong on the second
+        assert "NonFiniteError: step 1 (epoch 1, stage 'joint'): loss 'l1' of reconstruction_loss" in said
     assert {path.name for path in tmp_path.glob("rank*")} == {f"rank{rank}_step0.safetensors" for rank in range(PROCESSES)}

@@ -62,7 +62,8 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     (tmp_path / "tiny.yaml").write_text(TINY + "plugins: {vq: {}, nsvq: {}, pixel: {}}\n")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (40, 50), "teal").save(tmp_path / "photos" / "teal.png")
-    names = {"RECIPE": "tiny.yaml", "[key=value ...]": "seed=1", "[--out DIR]": "--out run", "[--resume]": "",
+    names = {"RECIPE": "tiny.yaml", "[key=value ...]": "seed=1", "[--out DIR]": "--out run",
+             "[--resume auto]": "--resume auto", "[--insist]": "",
              "[--json]": "--json", "RUN_OR_TOKENIZER_OR_FOLDER": "run", "RUN_OR_TOKENIZER": "run",
              "--data DIR": "--data photos",
              "[--json FILE]": "--json scores.json", "[--csv FILE]": "--csv scores.csv",
@@ -78,7 +79,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
             line = line.replace(placeholder, value)
         assert cli.main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
     assert {"recipe.yaml", "metrics.json", "reconstructions.png", "tensorboard", "checkpoints", "tokenizer", "best"} == {
-        path.name for path in (tmp_path / "run").iterdir()
+        path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")
     }
     assert (tmp_path / "scores.json").is_file() and (tmp_path / "decoded" / "teal.png").is_file()
 

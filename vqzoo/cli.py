@@ -9,7 +9,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from vqzoo.errors import NonFiniteError, PluginError, UserError
+from vqzoo.errors import DataError, Interrupted, NonFiniteError, OutOfMemory, PluginError, StorageError, UserError
 
 NEXT = """next:
   tensorboard --logdir {out}/tensorboard
@@ -28,6 +28,9 @@ environment VQZOO_WEIGHTS, the folder of published weights; VQZOO_CACHE, that of
             VQZOO_OFFLINE=1 for no download at all
 """
 
+FAILURES = (DataError, NonFiniteError, OutOfMemory, PluginError, StorageError)
+"""What ends a command with status 1 and needs no traceback to be understood."""
+
 NO_NAME = ("", ".", "..", "__metadata__")
 """Names that no tokens have: the first three are no file's name, and safetensors keeps the last for itself."""
 
@@ -35,7 +38,8 @@ NO_NAME = ("", ".", "..", "__metadata__")
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0; 1 for a failed run; 2 for a user's mistake, which is explained; 130 for Ctrl-C, after which `run --resume` goes on.
+    0; 1 for a failed run; 2 for a user's mistake, which is explained; 130 for Ctrl-C and 143 for SIGTERM, at which `run` saves
+    first: `run --resume auto` goes on from there.
     """
     parser = _parser()
     options, extra = parser.parse_known_args(arguments)
@@ -53,11 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"vqzoo: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteError, PluginError) as error:
-        print(f"vqzoo: {type(error).__name__}: {error}", file=sys.stderr)
+    except FAILURES as error:
+        kind = next(kind for kind in FAILURES if isinstance(error, kind))
+        print(f"vqzoo: {kind.__name__}: {error}", file=sys.stderr)
         return 1
+    except Interrupted as error:
+        print(f"vqzoo: interrupted by {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
-        print(f"vqzoo: interrupted{'; continue with --resume' if options.command is _run else ''}", file=sys.stderr)
+        print(f"vqzoo: interrupted{'; continue with --resume auto' if options.command is _run else ''}", file=sys.stderr)
         return 130
     finally:
         _leave_group()
@@ -86,7 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("recipe")
         made.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4 or stages[0].epochs=3")
     run.add_argument("--out", help="the run's folder; by default runs/RECIPE, then runs/RECIPE-2, ...")
-    run.add_argument("--resume", action="store_true", help="continue the run in that folder")
+    run.add_argument("--resume", default="never", metavar="auto|never|PATH",
+                     help="auto: continue the run in that folder, if there is one, else start; never (default): start; "
+                     "PATH: go on from this checkpoint, or the newest one of this run, in a new folder")
+    run.add_argument("--insist", action="store_true", help="resume although recipe, plugins or images are not those of the run")
 
     score = command("eval", _eval, "measure a tokenizer, or the pictures that any tool made, on a folder of images")
     score.epilog = EVAL_HELP
@@ -136,8 +147,8 @@ def _run(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     name = options.recipe if options.recipe in shipped() else Path(options.recipe).stem
-    out = Path(options.out) if options.out else _default_folder(name, options.resume)
-    trainer = Trainer(recipe, out, options.resume)
+    out = Path(options.out) if options.out else _default_folder(name, options.resume == "auto")
+    trainer = Trainer(recipe, out, options.resume, options.insist)
     result = trainer.run()
     if not trainer.main:
         return
@@ -274,7 +285,7 @@ def _read_tokens(path: str, codebook: Any) -> dict[str, Any]:
 
 
 def _plugins(options: argparse.Namespace) -> None:
-    from vqzoo.manager import available
+    from vqzoo.manager import available, excluded
 
     found = [_describe(source) for source in available().values()]
     if options.json:
@@ -286,6 +297,8 @@ def _plugins(options: argparse.Namespace) -> None:
         print(f"{plugin['name']}  ({plugin['distribution']} {plugin['version']})\n  {plugin['summary']}")
         print(f"  hooks:  {', '.join(f'{hook} ({kind})' for hook, kind in plugin['hooks'].items()) or '–'}")
         print(f"  config: {', '.join(f'{key}={value!r}' for key, value in plugin['config'].items()) or '–'}\n")
+    for name, variable in excluded().items():
+        print(f"{name}  (excluded by {variable})\n")
 
 
 def _describe(source: Any) -> dict[str, Any]:

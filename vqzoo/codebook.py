@@ -23,7 +23,7 @@ class Codebook(nn.Module):
     def __init__(self, size: int, width: int, latent_width: int | None = None):
         super().__init__()
         self.size, self.width, self.latent_width = size, width, latent_width or width
-        self._cached: Tensor | None = None
+        self._cached: tuple[Tensor] | None = None  # in a tuple, since a module makes a parameter of its own of a bare one
         self._caching = False
         self._replaced: list[tuple[Tensor, bool]] = []
 
@@ -42,12 +42,12 @@ class Codebook(nn.Module):
     def vectors(self) -> Tensor:
         """Return all codes [K, D], float32; computed once per forward, so that every hook shares one graph."""
         if self._cached is not None:
-            return self._cached
+            return self._cached[0]
         device = next((t.device.type for t in (*self.parameters(), *self.buffers())), "cpu")
         with torch.autocast(device, enabled=False):
             vectors = self.compute_vectors().float()
         if self._caching:
-            self._cached = vectors
+            self._cached = (vectors,)
         return vectors
 
     def lookup(self, indices: Tensor) -> Tensor:

@@ -7,21 +7,28 @@ import importlib.resources
 import importlib.util
 import os
 import signal
+import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, count
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .errors import UserError, suggestion
+from .errors import DataError, UserError, suggestion
+
+EpsImagePlugin.gs_binary = False  # PostScript is a program; no file, whatever its name, may have Ghostscript run one
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 PHOTOS = (
@@ -38,7 +45,9 @@ PHOTO_SIDE = 600  # photos whose shorter side exceeds it are halved
 TILE = 96  # pixels; larger only where the resolution is
 HELD_OUT = 5  # every fifth tile is for evaluation
 TIMM = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset", "torch": None}
-STUCK = 600  # seconds after which a silent worker is an error
+STUCK = 600  # seconds after which workers that give nothing are an error
+WATCH = 2  # seconds between two looks at whether the workers live
+MOST_NAMED = 3  # files that a note names
 
 
 @dataclass
@@ -109,12 +118,14 @@ def _reduce(image: Image.Image, resolution: tuple[int, int], shorter: int | None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode of Pillow with a known range to RGB; ValueError for floating point."""
+    """Convert any mode of Pillow with a known range to RGB; ValueError for floating point and for more than 16 bits."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
         levels = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        if levels.min() < 0 or levels.max() > 255:
+            raise ValueError("integer pixels beyond 16 bits have no known range")
+        return Image.fromarray(levels.round().astype(np.uint8)).convert("RGB")
     if image.getbands()[-1] in "Aa" or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -196,15 +207,19 @@ class Folder:
 
     def __init__(self, root: Path, key: str):
         self.root = root
-        self.names = list_images(root)
+        listed = list(_walk(root))
+        self.names = sorted(chain.from_iterable(images for _, images, _ in listed))
+        notes = list(_oddities(listed))
         if not self.names:
-            raise UserError(f"{key}: no images below {root}; looked for {', '.join(sorted(EXTENSIONS))} at any depth")
+            looked = f"looked for {', '.join(sorted(EXTENSIONS))} at any depth"
+            raise UserError("; ".join([f"{key}: no images below {root}", looked, *notes]))
+        self.notes = [f"{key}: {root} has {note}" for note in notes]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return self.names[index]
+        return self.names[index].encode("utf-8", "backslashreplace").decode()  # a file name need not be valid text
 
     def image(self, index: int, cover: Any = None) -> Image.Image:
         return decode(self.root / self.names[index], cover)
@@ -219,24 +234,65 @@ class Folder:
 
 def list_images(root: Path) -> list[str]:
     """Return sorted relative paths; hidden and dangling entries are left out, linked folders are followed once."""
-    found, seen, pending = [], set(), [str(root)]
+    return sorted(chain.from_iterable(images for _, images, _ in _walk(root)))
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield each folder from the root on, "", with its images and its links that lead nowhere, as relative paths."""
+    seen, pending = set(), [""]
     while pending:
         folder = pending.pop()
-        if os.path.realpath(folder) in seen:
+        if (real := os.path.realpath(root / folder)) in seen:
             continue
-        seen.add(os.path.realpath(folder))
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from error
-        for entry in entries:
-            if entry.name.startswith(".") or (entry.is_symlink() and not os.path.exists(entry.path)):
+        seen.add(real)
+        images, dangling = [], []
+        for entry in _entries(root / folder):
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                pending.append(entry.path)
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                dangling.append(path)
+            elif entry.is_dir():
+                pending.append(path)
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
-                found.append(Path(entry.path).relative_to(root).as_posix())
-    return sorted(found)
+                images.append(path)
+        yield folder, images, dangling
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from error
+
+
+def _oddities(listed: list[tuple[str, list[str], list[str]]]) -> Iterator[str]:
+    """Say of what `_walk` found what its owner may not have meant."""
+    filled = {""}
+    for folder, images, _ in listed:
+        while images and folder not in filled:
+            filled.add(folder)
+            folder = _above(folder)
+    odd = {
+        "links that lead nowhere, which are left out": [link for *_, dangling in listed for link in dangling],
+        "folders without an image": [f for f, *_ in listed if f not in filled and _above(f) in filled],
+        "names that differ in ending or case alone": [path for _, images, _ in listed for path in _alike(images)],
+    }
+    for kind, paths in odd.items():
+        if paths:
+            yield f"{kind} ({len(paths)}): {', '.join(sorted(paths)[:MOST_NAMED])}{', ...' * (len(paths) > MOST_NAMED)}"
+
+
+def _above(folder: str) -> str:
+    return folder.rpartition("/")[0]
+
+
+def _alike(paths: list[str]) -> list[str]:
+    """Return the paths of one folder that would be another's with its ending or case."""
+    stems = [os.path.splitext(path)[0].casefold() for path in paths]
+    times = Counter(stems) if len(set(stems)) < len(stems) else {}
+    return [path for path, stem in zip(paths, stems, strict=True) if times.get(stem, 1) > 1]
 
 
 class Photos:
@@ -327,7 +383,8 @@ class ImageDataset(Dataset):
     """Crop the images of a source; `bad` collects the names of files that did not decode, with the reason.
 
     Indexed by `Key`: (image or None, position, failures). A training sample that does not decode is replaced by another
-    one drawn from (seed, position); an evaluation sample never is, and is cropped by `crop`.
+    one drawn from (seed, position); an evaluation sample never is, and is cropped by `crop`. `notes` are about the images as
+    a whole: what their owner may not have meant, though they can be used.
     """
 
     def __init__(self, source: Any, config: DataConfig, resize: int | None = None):
@@ -337,6 +394,7 @@ class ImageDataset(Dataset):
         self.cover = (self.resolution, resize) if config.draft else None
         self.crop = crop_val
         self.bad: dict[str, str] = {}
+        self.notes: list[str] = getattr(source, "notes", [])
 
     def __len__(self) -> int:
         return len(self.source)
@@ -387,13 +445,19 @@ class ImageDataset(Dataset):
             )
         return new
 
+    def recall(self, names: Iterable[str]) -> None:
+        """Add names to `bad` that a run has left out before, or another of its processes; the limit counts them too."""
+        known = set(names) - set(self.bad)
+        present = [name for name in map(self.name, range(len(self))) if name in known] if known else []
+        self.remember(dict.fromkeys(present, "did not decode before"))
+
 
 @dataclass(eq=False)
 class StreamDataset(IterableDataset):
     """Crop the images of a timm stream, in the order, shards and handling of bad files of its reader.
 
     Nothing that `train_batches` says of positions holds: they only count, `start` does not skip, and crops depend on
-    the workers. A seed makes it endless, with random crops.
+    the workers. A seed makes it endless, with random crops, unless a pass over it gives nothing.
     """
 
     stream: Any
@@ -401,6 +465,7 @@ class StreamDataset(IterableDataset):
     config: DataConfig
     seed: int | None = None
     crop: Any = crop_val
+    notes: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Tensor]:
         resolution, number = tuple(self.config.resolution), -1
@@ -414,17 +479,13 @@ class StreamDataset(IterableDataset):
                     continue
                 rng = np.random.default_rng((self.seed, 1, number, worker.id if worker else 0))
                 yield from_image(crop_train(to_rgb(image), resolution, self.config.resize, self.config.flip, rng))
-            if self.seed is None:
+            if self.seed is None or number == before:
                 return
-            if number == before:
-                raise UserError(f"data.name: {self.name} gives no images")
 
 
 def fingerprint(dataset: ImageDataset | StreamDataset) -> str:
     """Return a short hash of the names and file sizes; of name, split and length for timm's datasets."""
-    lines = [dataset.name] if isinstance(dataset, StreamDataset) else sorted(dataset.source.signature())
-    text = "\n".join(lines).encode("utf-8", "surrogateescape")  # a file name need not be valid text
-    return hashlib.sha256(text).hexdigest()[:12]
+    return _sha256([dataset.name] if isinstance(dataset, StreamDataset) else sorted(dataset.source.signature()))[:12]
 
 
 def stamp(dataset: ImageDataset | StreamDataset, limit: int | None = None) -> str | None:
@@ -432,7 +493,21 @@ def stamp(dataset: ImageDataset | StreamDataset, limit: int | None = None) -> st
     lines = None if isinstance(dataset, StreamDataset) else dataset.source.stamp()
     if lines is None:
         return None
-    text = "\n".join([*lines, str(dataset.resolution), str(limit), PIL.__version__]).encode("utf-8", "surrogateescape")
+    return _sha256([*lines, str(dataset.resolution), str(limit), PIL.__version__])
+
+
+def content(dataset: ImageDataset | StreamDataset) -> dict[str, Any]:
+    """Return how many images there are and a hash of their names in order, from memory; both None for a stream.
+
+    A run whose images differ in this does not see the sequence of samples with which it began.
+    """
+    if isinstance(dataset, StreamDataset):
+        return {"images": None, "names": None}
+    return {"images": len(dataset), "names": _sha256(map(dataset.name, range(len(dataset))))[:16]}
+
+
+def _sha256(lines: Iterable[str]) -> str:
+    text = "\n".join(lines).encode("utf-8", "surrogateescape")
     return hashlib.sha256(text).hexdigest()
 
 
@@ -480,22 +555,40 @@ def _folder(config: DataConfig, split: str) -> Path:
         raise UserError(f"data.root: not set; give the folder of the images, with {config.train}/ and {config.val}/ inside, "
                         "as in data.root=FOLDER")
     root = Path(config.root).expanduser()
+    try:
+        return _split(config, split, root)
+    except OSError as error:
+        raise UserError(f"data.root: {root} cannot be read ({error.strerror})") from error
+
+
+def _split(config: DataConfig, split: str, root: Path) -> Path:
     if not root.is_dir():
-        raise UserError(f"data.root: {root} is not a folder")
+        raise UserError(f"data.root: {root} is {'a link that leads nowhere' if root.is_symlink() else 'not a folder'}")
     own, other = (root / getattr(config, role) for role in (("train", "val") if split == "train" else ("val", "train")))
     if not own.is_dir():
-        inside = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        raise UserError(
-            f"data.{split}: no folder {getattr(config, split)!r} in {root}; sub-folders: {', '.join(inside) or 'none'}; "
-            f"name one with data.{split}=NAME, or make one: training and evaluation need images of their own"
-        )
-    real, rival = own.resolve(), other.resolve()
+        raise UserError(_no_split(root, split, getattr(config, split)))
+    real, rival = (Path(os.path.realpath(path)) for path in (own, other))
     if rival.is_dir() and (real == rival or real in rival.parents or rival in real.parents):
         raise UserError(
             f"data.train={config.train} and data.val={config.val} share images in {root}: training on the evaluation "
             "images; name two separate folders"
         )
     return own
+
+
+def _no_split(root: Path, split: str, name: str) -> str:
+    """Say that a split's folder is missing, what is there instead, and what that suggests."""
+    inside = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    loose = sum(entry.suffix.lower() in EXTENSIONS for entry in root.iterdir())
+    deeper = next((folder for folder in inside if (root / folder / name).is_dir()), None)
+    hints = [
+        f"{name} is a link that leads nowhere" if (root / name).is_symlink() else "",
+        f"{loose} images lie in {root} itself" if loose else "",
+        f"{root / deeper} has one: data.root={root / deeper}" if deeper else f"name one with data.{split}=NAME, or make one: "
+        "training and evaluation need images of their own",
+    ]
+    return "; ".join([f"data.{split}: no folder {name!r} in {root}", f"sub-folders: {', '.join(inside) or 'none'}",
+                      *filter(None, hints)])
 
 
 def _photos(config: DataConfig, split: str) -> ImageDataset:
@@ -515,6 +608,11 @@ def _timm(config: DataConfig, role: str) -> ImageDataset | StreamDataset:
     package, split, root, kind = TIMM[prefix.lower()], getattr(config, role), config.root, rest.lower()
     if package and importlib.util.find_spec(package.replace("-", "_")) is None:
         raise UserError(f"data.name: {config.name!r} needs another package: pip install {package}")
+    if prefix.lower() == "wds":
+        root = str(_shards(config))
+    if prefix.lower() == "tfds" and ":" in rest:
+        raise UserError(f"data.name: {config.name!r}: for a namespace, tensorflow-datasets would download and import code; "
+                        "name a dataset without one")
     if prefix.lower() == "torch":
         if kind in ("folder", "image_folder"):
             root = str(_folder(config, role))
@@ -544,6 +642,14 @@ def _timm(config: DataConfig, role: str) -> ImageDataset | StreamDataset:
     if len(dataset) == 0:
         raise UserError(f"data.{role}: {name} has no images")
     return ImageDataset(TimmImages(dataset, name), config, config.resize)
+
+
+def _shards(config: DataConfig) -> Path:
+    """Return the folder of a webdataset's shards; a URL will not do, since webdataset gives `pipe:` to a shell."""
+    if not config.root or not Path(config.root).expanduser().is_dir():
+        raise UserError(f"data.root: {config.root!r} is no folder; give the one of the shards, on this machine: what a URL "
+                        "names, webdataset might run")
+    return Path(config.root).expanduser().resolve()  # absolute, so that no shard's name can be a URL either
 
 
 def _check_torch_split(config: DataConfig, role: str, kind: str) -> None:
@@ -595,10 +701,10 @@ def train_batches(
         )
     slices = _slices(config.batch_size, start, process, processes, accumulate)
     if isinstance(dataset, StreamDataset):
-        return _closed_at_exit(_stream_batches(config, replace(dataset, seed=seed), slices, config.batch_size // parts))
+        return _stream_batches(config, replace(dataset, seed=seed), slices, config.batch_size // parts)
     keys = _train_keys(slices, len(dataset), config.batch_size, seed)
-    loader = _loader(dataset, config.workers, batch_sampler=keys, collate_fn=dataset.collate)
-    return _closed_at_exit(_batches(loader, dataset, True))
+    samples = read(dataset, config.workers, batch_sampler=keys, collate_fn=dataset.collate)
+    return _batches(samples, dataset, True)
 
 
 def eval_batches(
@@ -618,8 +724,8 @@ def eval_batches(
     length = len(dataset) if limit is None else min(limit, len(dataset))
     keys = [Key(index, index) for index in (i * len(dataset) // length for i in range(length))]
     shares = [keys[first : first + size] for first in range(0, length, size)][process::processes]
-    loader = _loader(dataset, min(config.workers, len(shares)), batch_sampler=shares, collate_fn=dataset.collate)
-    return _closed_at_exit(_batches(loader, dataset, False))
+    samples = read(dataset, min(config.workers, len(shares)), batch_sampler=shares, collate_fn=dataset.collate)
+    return _batches(samples, dataset, False)
 
 
 def _slices(batch_size: int, start: int, process: int, processes: int, accumulate: int) -> Iterator[range]:
@@ -642,17 +748,11 @@ def _train_keys(slices: Iterator[range], length: int, batch_size: int, seed: int
         yield [Key(int(order(position // usable)[position % usable]), position, seed) for position in positions]
 
 
-def _batches(loader: DataLoader, dataset: ImageDataset, training: bool) -> Iterator[Batch]:
-    """Yield what the loader reads; RuntimeError when a worker dies or hangs."""
-    try:
-        for images, positions, failures in loader:
+def _batches(samples: Iterator[Any], dataset: ImageDataset, training: bool) -> Iterator[Batch]:
+    with closing(samples):
+        for images, positions, failures in samples:
             new = dataset.remember(failures)
             yield Batch(images, positions, new if training else list(failures))
-        return
-    except (OSError, EOFError):  # torch names a dead worker, unless it died while handing over a batch
-        pass
-    # Raised out here, where nothing holds the loader any more: its signal handler would raise again at any time.
-    raise RuntimeError("a worker that reads images died; was there too little memory for data.workers?")
 
 
 def _stream_batches(
@@ -660,38 +760,105 @@ def _stream_batches(
 ) -> Iterator[Batch]:
     workers = config.workers if dataset.seed is not None else 0  # one reader, so that nothing comes twice
     dataset.stream.set_loader_cfg(num_workers=workers)
-    for images, positions in zip(_loader(dataset, workers, batch_size=size), slices, strict=False):
-        kept = len(images) if limit is None else max(0, min(len(images), limit - positions.start))
-        if kept == 0:
-            return
-        yield Batch(images[:kept], torch.arange(positions.start, positions.start + kept), [])
+    with closing(read(dataset, workers, batch_size=size)) as samples:
+        for images, positions in zip(samples, slices, strict=False):
+            kept = len(images) if limit is None else max(0, min(len(images), limit - positions.start))
+            if kept == 0:
+                return
+            yield Batch(images[:kept], torch.arange(positions.start, positions.start + kept), [])
+    if dataset.seed is not None:
+        raise UserError(f"data.name: {dataset.name} gives no images")
 
 
-def _loader(dataset: Dataset, workers: int, **how: Any) -> DataLoader:
-    return DataLoader(
+def read(dataset: Dataset, workers: int, **how: Any) -> Iterator[Any]:
+    """Yield what torch's DataLoader gives; DataError when it cannot, as when a worker dies or hangs. Leaves no worker behind.
+
+    A signal to the whole process group does not end workers, so that a run can finish its step and save.
+    """
+    return _closed_at_exit(_read(dataset, workers, how))
+
+
+def _read(dataset: Dataset, workers: int, how: dict[str, Any]) -> Iterator[Any]:
+    reader, processes, failed, began = None, [], False, time.monotonic()
+    try:
+        while True:
+            try:
+                if reader is None:
+                    reader, processes = _start(dataset, workers, how)
+                item = next(reader)
+            except StopIteration:
+                return
+            except Exception as error:  # of torch, of the system, or of a stream's reader
+                silent = str(error).startswith("DataLoader timed out")
+                if silent and time.monotonic() - began < STUCK:
+                    continue
+                if "CUDA error" in str(error):  # of the thread that pins memory: the device is lost, and not an image
+                    raise
+                failed = True
+                raise DataError(f"images can no longer be read: {_what_failed(error, silent, processes)}") from error
+            yield item
+            began = time.monotonic()
+    finally:
+        if not failed:
+            del reader  # asks the workers to end; one that hangs does not hear that, nor SIGTERM
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join(WATCH)
+
+
+def _start(dataset: Dataset, workers: int, how: dict[str, Any]) -> tuple[Iterator[Any], list[Any]]:
+    """Return a loader's iterator and its worker processes."""
+    loader = DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        timeout=STUCK if workers else 0,
+        timeout=WATCH if workers else 0,
         worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # else each loader would advance the global generator
         **how,
     )
+    others = active_children()
+    with _deaths_seen_by_looking():
+        reader = iter(loader)
+    return reader, [child for child in active_children() if child not in others]
 
 
-def _closed_at_exit(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Close forgotten batches before Python terminates workers, which ignore that, and waits for them."""
+def _what_failed(error: Exception, silent: bool, processes: list[Any]) -> str:
+    if silent:
+        return f"no worker gave any for {STUCK} seconds; does the disk or the network that holds them answer?"
+    for process in processes:
+        process.join(WATCH / 10)  # one that died while it handed something over is known by that before it is gone
+    status = next((process.exitcode for process in processes if process.exitcode), None)
+    if status is None:
+        return _reason(error).strip().splitlines()[-1]  # torch puts a worker's whole traceback into the text, the error last
+    how = f"was ended by signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"ended with status {status}"
+    return (f"a worker process {how}; if memory or shared memory (/dev/shm) ran short, lower data.workers, now "
+            f"{len(processes)}")
+
+
+@contextmanager
+def _deaths_seen_by_looking() -> Iterator[None]:
+    """Keep torch from having SIGCHLD raise at whatever line the program is, as in a half-done update, when a worker dies."""
+    number = getattr(signal, "SIGCHLD", None)
+    before = signal.getsignal(number) if number else None
+    yield
+    if number and threading.current_thread() is threading.main_thread():
+        signal.signal(number, before or signal.SIG_DFL)
+
+
+def _closed_at_exit(samples: Iterator[Any]) -> Iterator[Any]:
+    """Close what was forgotten before Python terminates workers, which ignore that, and waits for them."""
 
     def close() -> None:
         if (left := reference()) is not None:
             left.close()
 
-    reference = weakref.ref(batches, lambda _: atexit.unregister(close))
+    reference = weakref.ref(samples, lambda _: atexit.unregister(close))
     atexit.register(close)
-    return batches
+    return samples
 
 
 def _outlive_signals(worker: int) -> None:
-    """Ignore a signal to the whole process group, so that the run can finish its step and save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

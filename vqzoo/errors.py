@@ -26,6 +26,26 @@ class NonFiniteError(Exception):
     """A loss or a gradient is NaN or infinite: the text names the term and the step; nothing was updated."""
 
 
+class DataError(Exception):
+    """Images can no longer be read, since a worker died or hangs or a stream broke: the text says what, and what may help."""
+
+
+class Interrupted(Exception):
+    """A signal ended a run between two steps, its state saved; `status` is the exit status, 128 and the signal's number."""
+
+    def __init__(self, text: str, signal: int):
+        super().__init__(text)
+        self.status = 128 + signal
+
+
+class StorageError(Exception):
+    """What must be kept cannot be written: the text names the file, the reason and what is safe all the same."""
+
+
+class OutOfMemory(Exception):
+    """Memory is short: the text says which part is predicted to need how much, and which keys make it smaller."""
+
+
 def suggestion(word: str, choices: Iterable[str]) -> str:
     """Return a clause for an error message: the nearest choice, if one is near, and all of them, or the first of many."""
     names = sorted(choices, key=lambda name: (name.count("/"), name))

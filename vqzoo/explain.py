@@ -1,24 +1,13 @@
 """What a recipe will do, said without training it."""
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from vqzoo.manager import all_hooks, make_manager
+from vqzoo.memory import gib, predict_memory
 from vqzoo.ops import plan, use
-from vqzoo.plugin import Progress
-from vqzoo.prepare import Prepared, enter, prepare, tokens
+from vqzoo.prepare import Prepared, enter, make_accelerator, prepare, tokens
 from vqzoo.recipe import Recipe
 from vqzoo.tokenizer import Tokenizer
-
-
-@dataclass
-class Memory:
-    """Predicted bytes of a training step on one process: weights with gradients, moments and average, and activations."""
-
-    states: int
-    activations: int
 
 
 def explain(recipe: Recipe) -> str:
@@ -26,9 +15,9 @@ def explain(recipe: Recipe) -> str:
 
     Everything that `vqzoo run` checks before training is checked here too.
     """
-    ready = prepare(recipe)
+    ready = prepare(recipe, make_accelerator(recipe))
     train, val, steps, tokenizer = ready.train_data, ready.val_data, ready.steps_per_epoch, ready.tokenizer
-    memory = predict_memory(tokenizer, recipe)
+    memory = predict_memory(tokenizer, recipe, ready.accelerator.num_processes)
     codebook = tokenizer.codebook
     height, width = recipe.data.resolution
     grid = (height // recipe.encoder.stride, width // recipe.encoder.stride)
@@ -41,7 +30,7 @@ def explain(recipe: Recipe) -> str:
         f"schedule    {recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images",
         *_operations(recipe, ready),
         *_measures(recipe, ready),
-        f"memory      {_gib(memory.states)} weights, gradients, moments and average + {_gib(memory.activations)} activations "
+        f"memory      {gib(memory.states)} weights, gradients, moments and average + {gib(memory.activations)} activations "
         "per process, without losses' and discriminators' own",
     ]
     return "\n".join(lines + [line for number in range(len(recipe.stages)) for line in _stage(tokenizer, recipe, number)])
@@ -77,35 +66,8 @@ def _stage(tokenizer: Tokenizer, recipe: Recipe, number: int) -> list[str]:
     return lines
 
 
-def predict_memory(tokenizer: Tokenizer, recipe: Recipe) -> Memory:
-    """Predict a step's memory from one forward of one image, by the tensors that its backward would keep."""
-    kept: dict[int, int] = {}
-    own = {t.untyped_storage().data_ptr() for t in (*tokenizer.parameters(), *tokenizer.buffers())}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    progress = Progress(0, 0, recipe.stages[0].name, 0, 0, 1)
-    image = torch.zeros(1, 3, *recipe.data.resolution, device=next(tokenizer.parameters()).device)
-    tokenizer.eval()  # no statistic may move; the graph is the same
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        tokenizer(image, progress)
-    trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
-    constant = sum(t.numel() for t in (*tokenizer.parameters(), *tokenizer.buffers())) - trained
-    average = 1 if recipe.ema else 0
-    micro = max(1, recipe.data.batch_size // recipe.accumulate)
-    return Memory(4 * (trained * (4 + average) + constant * (1 + average)), sum(kept.values()) * micro)
-
-
 def _parameters(module: torch.nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _length(dataset: object) -> str:

@@ -9,6 +9,11 @@ implementation marked `@hookimpl(trylast=True)` yields to another. `many` hooks 
 the recipe's `plugins:`, whatever the order of a list under `hooks:`. A `@hookimpl(wrapper=True)` implementation receives what
 was returned (`result = yield`) and returns what it makes of it; of two wrappers the one named first under `plugins:` is the
 outer.
+
+Tensors that an implementation is given are there to be read: it works on a copy, and only `refresh_codes` and `enter_stage`
+change codes. One that writes to them, raises, or returns another type, shape, dtype or device than is said here ends the run
+with a `vqzoo.PluginError` that names it; a `vqzoo.UserError` passes as it is. Before training, each stage's quantizer is tried
+on latents of N(0, 1): codes and losses must be finite, indices in [0, K), and evaluation must answer alike twice.
 """
 
 from typing import Any
@@ -30,7 +35,8 @@ ONCE = ("make_codebook", "make_discriminator")
 def make_codebook(size: int, width: int) -> Any:
     """Return a `vqzoo.Codebook` of K = size codes of D = width.
 
-    Called once, before the encoder exists: its `latent_width` decides how wide the encoder is.
+    Called once, before the encoder exists: its `latent_width` decides how wide the encoder is. A ValueError says that there can
+    be no such codebook.
     """
 
 

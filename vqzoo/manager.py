@@ -1,12 +1,16 @@
 """Finding plugins, and binding the hooks of a stage to the plugins that serve them."""
 
 import importlib
-import importlib.util
 import inspect
+import os
 import pkgutil
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -14,11 +18,19 @@ import pluggy
 from pluggy import HookImpl
 
 from vqzoo import hookspecs
+from vqzoo.caller import Caller, is_one, kind_of, served_by, wraps
 from vqzoo.errors import PluginError, UserError, suggestion
 from vqzoo.hookspecs import REQUIRED
 from vqzoo.plugin import Plugin
 
 GROUP = "vqzoo"
+
+ALLOW, DENY = "VQZOO_ALLOW_PLUGINS", "VQZOO_DENY_PLUGINS"
+"""Environment variables: patterns, separated by commas, of plugins' names or of their distributions'.
+
+If the first is set, no other plugin is imported, and none if it is empty; what the second names is not imported in any case.
+Names and patterns are compared as pip compares names: case, `-`, `_` and `.` make no difference.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,21 +63,50 @@ class Source:
 
 
 def available() -> dict[str, Source]:
-    """Return every installed plugin by name, found by entry point and not yet imported.
+    """Return every installed plugin by name that the environment lets in, found by entry point and not yet imported.
 
     An entry point of group "vqzoo" names a class (`package.module:Class`), a module with one plugin class, or a package,
     each of whose modules is then a plugin. Two plugins of one name are a UserError.
     """
     sources: dict[str, Source] = {}
+    for source, variable in _installed():
+        if variable:
+            continue
+        other = sources.setdefault(source.name, source)
+        if (other.module, other.attribute) != (source.module, source.attribute):
+            raise UserError(
+                f"two installed plugins are called {source.name!r}: {other.module} of {other.distribution} and "
+                f"{source.module} of {source.distribution}; uninstall one, or name its distribution in {DENY}"
+            )
+    return sources
+
+
+def excluded() -> dict[str, str]:
+    """Return the installed plugins that the environment shuts out, by name, each with the variable that does it."""
+    return {source.name: variable for source, variable in _installed() if variable}
+
+
+def _installed() -> Iterator[tuple[Source, str]]:
+    """Yield every installed plugin and the variable that excludes it, if one does."""
     for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
         for source in _sources(entry):
-            other = sources.setdefault(source.name, source)
-            if (other.module, other.attribute) != (source.module, source.attribute):
-                raise UserError(
-                    f"two installed plugins are called {source.name!r}: {other.module} of {other.distribution} and "
-                    f"{source.module} of {source.distribution}; uninstall one"
-                )
-    return sources
+            yield source, _excluding(source)
+
+
+def _excluding(source: Source) -> str:
+    names = [_canonical(source.name), _canonical(source.distribution)]
+
+    def lists(variable: str) -> bool:
+        patterns = [_canonical(pattern.strip()) for pattern in os.environ.get(variable, "").split(",")]
+        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    if lists(DENY):
+        return DENY
+    return ALLOW if ALLOW in os.environ and not lists(ALLOW) else ""
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _sources(entry: EntryPoint) -> list[Source]:
@@ -73,7 +114,7 @@ def _sources(entry: EntryPoint) -> list[Source]:
     if entry.attr:
         return [Source(entry.name, entry.module, entry.attr, *where)]
     try:
-        spec = importlib.util.find_spec(entry.module)
+        spec = _locate(entry.module)
     except Exception:  # whatever is wrong with one plugin is said when it is used
         spec = None
     if spec is None or spec.submodule_search_locations is None:
@@ -82,15 +123,32 @@ def _sources(entry: EntryPoint) -> list[Source]:
     return [Source(name, f"{entry.module}.{name}", "", *where) for name in modules if not name.startswith("_")]
 
 
+def _locate(module: str) -> ModuleSpec | None:
+    """Find a module without importing the packages around it, as importlib's find_spec would."""
+    package, *inner = module.split(".")
+    spec = find_spec(package)
+    for name in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        package = f"{package}.{name}"
+        spec = PathFinder.find_spec(package, spec.submodule_search_locations)
+    return spec
+
+
 def find(name: str) -> Source:
-    """Return the installed plugin of that name; a UserError with the nearest choice otherwise."""
+    """Return the installed plugin of that name; a UserError with the nearest choice, or with what excludes it, otherwise."""
     sources = available()
-    if name not in sources:
+    if name in sources:
+        return sources[name]
+    if variable := excluded().get(name):
         raise UserError(
-            f"plugins.{name}: no installed plugin is called {name!r}; {suggestion(name, sources)}; "
-            f"a third party's is installed with pip (often as vqzoo-{name})"
+            f"plugins.{name}: {name!r} is installed, but {variable}={os.environ[variable]!r} excludes it; if you trust it, "
+            f"{'add its name there' if variable == ALLOW else 'take it off that list'}, else take it out of the recipe"
         )
-    return sources[name]
+    raise UserError(
+        f"plugins.{name}: no installed plugin is called {name!r}; {suggestion(name, sources)}; "
+        f"a third party's is installed with pip (often as vqzoo-{name})"
+    )
 
 
 def make_manager(plugins: Mapping[str, Plugin]) -> pluggy.PluginManager:
@@ -141,9 +199,8 @@ class Hooks:
             if serve is None or name in serve:
                 router = _Router(hook, keys.get(name, f"hooks.{name}"), order)
                 chosen = router.choose(None if name not in routing else list(routing[name]), name in required)
-            others = [impl.plugin for impl in hook.get_hookimpls() if impl not in chosen]
-            self._callers[name] = manager.subset_hook_caller(name, others)
             self._bound[name] = sorted(chosen, key=lambda impl: order.index(impl.plugin_name))
+            self._callers[name] = Caller(manager, hook, self._bound[name])
 
     def providers(self, name: str) -> list[str]:
         """Return the names of the plugins bound to a hook, wrappers included, in the recipe's order."""
@@ -162,14 +219,19 @@ class Hooks:
             raise AttributeError(name)
         return self._callers[name]
 
+    def served(self, name: str, number: int | None = None) -> str:
+        """Return the words with which an error begins: the hook, and who serves it.
+
+        `number` counts the answers to a "many" hook from 0; its giver alone is named, unless a wrapper came between.
+        """
+        bound = self._bound[name]
+        return served_by(name, bound if number is None or any(map(wraps, bound)) else bound[number : number + 1])
+
     def answer(self, name: str, value: Any, kind: type) -> Any:
         """Return what a "one" hook answered, or raise PluginError if it is not of that kind."""
         if isinstance(value, kind):
             return value
-        raise PluginError(
-            f"hook {name}, served by {' and '.join(self.providers(name))}, returned "
-            f"{'None' if value is None else type(value).__name__} where {kind.__name__} is expected"
-        )
+        raise PluginError(f"{self.served(name)}, returned {kind_of(value)} where {kind.__name__} is expected")
 
 
 class _Router:
@@ -178,11 +240,11 @@ class _Router:
     def __init__(self, hook: pluggy.HookCaller, key: str, order: list[str]):
         self.hook, self.key, self.order = hook, key, order
         self.impls = {impl.plugin_name: impl for impl in hook.get_hookimpls()}
-        self.single = bool(hook.spec and hook.spec.opts.get("firstresult"))
+        self.single = is_one(hook)
 
     def choose(self, routed: list[str] | None, required: bool) -> list[HookImpl]:
         impls = list(self.impls.values()) if routed is None else [self._named(name) for name in routed]
-        wrappers = [impl for impl in impls if impl.wrapper or impl.hookwrapper]
+        wrappers = [impl for impl in impls if wraps(impl)]
         providers = [impl for impl in impls if impl not in wrappers]
         if self.single and routed is None:
             providers = [impl for impl in providers if not impl.trylast] or providers

@@ -3,7 +3,9 @@
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -69,17 +71,50 @@ class Drift:
 
 
 class Monitor:
-    """Show one process's run; on every process but the main one it stays silent."""
+    """Show one process's run; on every process but the main one it stays silent.
 
-    def __init__(self, folder: Path, steps: int, step: int, resumed: bool, enabled: bool):
-        self.enabled = enabled
+    What TensorBoard has from step `anew` on, written by a run that did not get farther, is written anew.
+    """
+
+    def __init__(self, folder: Path, steps: int, step: int, anew: int, enabled: bool):
+        self.enabled, self.folder = enabled, folder
         self.bar = self.writer = None
         if not enabled:
             return
-        self.writer = SummaryWriter(folder, purge_step=step + 1 if resumed else 0)
         if sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
-        self.steps, self.first, self.began = steps, step, time.monotonic()
+        self.steps = steps
+        self.rewind(step, anew)
+
+    def rewind(self, step: int, anew: int) -> None:
+        """Go on from a step; what TensorBoard was told from step `anew` on does not count any more."""
+        if not self.enabled:
+            return
+        self.first, self.began = step, time.monotonic()
+        if self.bar is not None:
+            self.bar.reset(self.steps)
+            self.bar.update(step)
+        self._write("close")
+        self._attempt(self._open, anew)
+
+    def _open(self, anew: int) -> None:
+        self.writer = SummaryWriter(self.folder, purge_step=anew)
+
+    def _attempt(self, write: Callable, *arguments: Any) -> None:
+        """Write to TensorBoard; training goes on without, once that has failed: a disk may be full."""
+        try:
+            write(*arguments)
+        except Exception as error:  # of TensorBoard's writing thread, as well
+            self.writer = None
+            self.say(f"TensorBoard: {self.folder} cannot be written ({error}); the run goes on without")
+
+    def _write(self, kind: str, *arguments: Any) -> None:
+        if self.writer is not None:
+            self._attempt(getattr(self.writer, kind), *arguments)
+
+    def flush(self) -> None:
+        """Have everything on disk that was written so far."""
+        self._write("flush")
 
     def say(self, text: str, step: int | None = None) -> None:
         """Print a line without disturbing the bar; with a step, keep it in TensorBoard as an event of the run."""
@@ -90,7 +125,7 @@ class Monitor:
         else:
             print(text, file=sys.stderr, flush=True)
         if step is not None:
-            self.writer.add_text("events", text, step)
+            self._write("add_text", "events", text, step)
 
     def advance(self, step: int) -> None:
         """Move the bar to a step."""
@@ -113,32 +148,29 @@ class Monitor:
     def scalars(self, values: dict[str, float], step: int, group: str = "") -> None:
         """Write scalars to TensorBoard."""
         for name, value in values.items() if self.enabled else ():
-            self.writer.add_scalar(f"{group}/{name}" if group else name, value, step)
+            self._write("add_scalar", f"{group}/{name}" if group else name, value, step)
 
     def codes(self, counts: Tensor, ages: Tensor, step: int) -> None:
         """Write an epoch's usage: how many codes have how many assignments, how many are how old, and how many are dead."""
         if not self.enabled:
             return
         # A few codes have most of the assignments, so only their logarithm shows the rest; dead codes stand at 0.
-        self.writer.add_histogram("codes/log10_of_1_plus_assignments", (1 + counts).double().log10().cpu(), step)
-        self.writer.add_histogram("codes/age", ages.cpu(), step)
-        self.writer.add_scalar("codes/dead", int((counts == 0).sum()), step)
+        self._write("add_histogram", "codes/log10_of_1_plus_assignments", (1 + counts).double().log10().cpu(), step)
+        self._write("add_histogram", "codes/age", ages.cpu(), step)
+        self._write("add_scalar", "codes/dead", int((counts == 0).sum()), step)
 
     def picture(self, name: str, panel: Tensor, step: int) -> None:
         """Write a picture [3, H, W] uint8 to TensorBoard."""
-        if self.enabled:
-            self.writer.add_image(name, panel, step)
+        self._write("add_image", name, panel, step)
 
     def text(self, name: str, text: str) -> None:
         """Write a text to TensorBoard, as it stands."""
-        if self.enabled:
-            self.writer.add_text(name, "    " + text.replace("\n", "\n    "))
+        self._write("add_text", name, "    " + text.replace("\n", "\n    "))
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        self._write("close")
 
 
 def panel(*images: Tensor) -> Tensor:

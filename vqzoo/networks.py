@@ -16,10 +16,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from vqzoo.errors import MissingWeights, UserError, suggestion
+from vqzoo.weights import refuse_bomb
 
 __all__ = ["Encoder", "make_decoder", "make_timm_model", "normalisation"]
 
 BATCH_NORMS = ("train", "frozen", "sync")
+CHANNELS = 3  # of every image: red, green, blue
 
 
 class Encoder(nn.Module):
@@ -47,7 +49,10 @@ class Encoder(nn.Module):
         if batch_norm not in BATCH_NORMS:
             raise UserError(f"encoder.batch_norm: {batch_norm!r} is unknown; {suggestion(batch_norm, BATCH_NORMS)}")
         grid_of(resolution, stride, "encoder")
-        args = dict(args or {})
+        self.args = dict(args or {})
+        args = dict(self.args)
+        if args.get("in_chans", CHANNELS) != CHANNELS:
+            raise UserError(f"encoder.args.in_chans: {args['in_chans']} for {name}, where images have {CHANNELS} channels")
         checkpointing = args.pop("grad_checkpointing", False)
         self.stride, self.width, self.name, self.frozen_batch_norm = stride, width, name, batch_norm == "frozen"
         self.model = make_timm_model(name, pretrained, args, resolution)
@@ -68,6 +73,16 @@ class Encoder(nn.Module):
         """Map images in [-1, 1] to the range the model was made for."""
         return (images * 0.5 + 0.5 - self.mean) / self.std
 
+    def portable(self) -> dict:
+        """Return name and args that make this network without the hub or the folder that its name may refer to."""
+        if ":" not in self.name:
+            return {"name": self.name, "args": self.args}
+        config = self.model.pretrained_cfg
+        args = {part: config[part] for part in ("mean", "std") if config.get(part)}
+        if config.get("fixed_input_size"):
+            args["img_size"] = config["input_size"][-2:]
+        return {"name": config["architecture"], "args": args | getattr(self.model, "_model_args", {}) | self.args}
+
     def train(self, mode: bool = True) -> "Encoder":
         """Set the training mode, in which frozen BatchNorm layers stay in evaluation."""
         super().train(mode)
@@ -78,6 +93,8 @@ class Encoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.dim() != 4 or images.shape[1] != CHANNELS:
+            raise UserError(f"encoder: images are [B, {CHANNELS}, H, W] in [-1, 1] and these are {list(images.shape)}")
         size = tuple(images.shape[-2:])
         grid = grid_of(size, self.stride, "encoder")
         if self.fixed_size and size != self.fixed_size:
@@ -121,6 +138,7 @@ def _weight_file(path: str, key: str) -> str:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"{key}.pretrained: no file {path!r}; give the path of a weight file, true or false")
+    refuse_bomb(file, f"{key}.pretrained")
     return str(file)
 
 

@@ -34,9 +34,8 @@ class Prepared:
     kept: list[str]
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, accelerator: Accelerator) -> Prepared:
     """Open the data and build the networks of a recipe; a UserError names whatever could not work."""
-    accelerator = make_accelerator(recipe)
     with use(recipe.ops.backend, recipe.ops.precision):
         return _prepare(recipe, accelerator)
 

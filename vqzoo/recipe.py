@@ -26,8 +26,11 @@ from vqzoo.ops import BACKENDS, PRECISIONS
 PLAIN = re.compile(r"\$\{[^${}:]*\}")
 """An interpolation that names another key, as opposed to a resolver, `${name:...}`."""
 
-HARMLESS = ("log", "evaluate", "checkpoint", "data.workers", "data.eval_batch_size", "ops.backend", "versions")
-"""The keys whose change does not alter what a run trains."""
+HARMLESS = ("accumulate", "checkpoint", "data.eval_batch_size", "data.root", "data.workers", "evaluate", "guard", "log",
+            "ops.backend", "versions")
+"""The keys whose change does not alter what a run trains, or by rounding alone; that the images are the same is seen to."""
+
+POLICIES = ("stop", "skip", "rollback")
 
 RENAMED = {"log.evaluate_epochs": "evaluate.epochs"}
 
@@ -81,11 +84,15 @@ class StageConfig:
 
 @dataclass
 class LogConfig:
-    """Steps between TensorBoard entries; images pictured, images on which drift is measured."""
+    """Steps between TensorBoard entries; images pictured, images on which drift is measured.
+
+    collapse is the usage of the codes that an epoch could reach, below which a run warns; 0 never does.
+    """
 
     steps: int = 50
     images: int = 8
     drift_images: int = 32
+    collapse: float = 0.1
 
 
 @dataclass
@@ -98,8 +105,25 @@ class OpsConfig:
 
 @dataclass
 class CheckpointConfig:
+    """Epochs between checkpoints, and steps, if any; the last `keep` stay, and with keep_best that of the best evaluation."""
+
     epochs: int = 1
+    steps: int | None = None
     keep: int = 2
+    keep_best: bool = True
+
+
+@dataclass
+class GuardConfig:
+    """What becomes of an update that is not finite, or whose losses are `spike` times the usual ones, if that is set.
+
+    stop ends the run before the update, skip takes another batch, rollback goes back to the last checkpoint and on with
+    other batches. More than `most` skips in a row, or rollbacks to one checkpoint, end the run.
+    """
+
+    policy: str = "stop"
+    spike: float | None = None
+    most: int = 10
 
 
 @dataclass
@@ -127,6 +151,7 @@ class Recipe:
     log: LogConfig = field(default_factory=LogConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -386,7 +411,7 @@ def _check_values(recipe: Recipe) -> None:
 
     for key in ("epochs", "accumulate", "codebook.size", "codebook.width", "encoder.stride", "data.batch_size",
                 "data.eval_batch_size", "log.steps", "log.images", "log.drift_images",
-                "checkpoint.epochs", "checkpoint.keep"):
+                "checkpoint.epochs", "checkpoint.keep", "guard.most"):
         value = recipe
         for part in key.split("."):
             value = getattr(value, part)
@@ -396,6 +421,14 @@ def _check_values(recipe: Recipe) -> None:
         refuse("seed", recipe.seed, "it must be in [0, 2**63)")
     if recipe.epoch_steps is not None and recipe.epoch_steps < 1:
         refuse("epoch_steps", recipe.epoch_steps, "it must be at least 1, or null for one pass over the data")
+    if recipe.checkpoint.steps is not None and recipe.checkpoint.steps < 1:
+        refuse("checkpoint.steps", recipe.checkpoint.steps, "it must be at least 1, or null for none within an epoch")
+    if recipe.guard.policy not in POLICIES:
+        refuse("guard.policy", recipe.guard.policy, suggestion(recipe.guard.policy, POLICIES))
+    if recipe.guard.spike is not None and not recipe.guard.spike > 1:
+        refuse("guard.spike", recipe.guard.spike, "it must be more than 1, as in 100, or null for any size of loss")
+    if not 0 <= recipe.log.collapse <= 1:
+        refuse("log.collapse", recipe.log.collapse, "it must be a share in [0, 1]; 0 switches the warning off")
     if not 0 <= recipe.ema < 1:
         refuse("ema", recipe.ema, "it must be in [0, 1); 0 switches it off")
     if recipe.precision not in ("no", "bf16", "fp16"):
@@ -486,6 +519,12 @@ def difference(one: Any, other: Any, key: str = "") -> list[str]:
     return [] if one == other else [f"{key}: {one!r} → {other!r}"]
 
 
-def changes(then: Recipe, now: Recipe) -> list[str]:
-    """Return what differs between two recipes in keys that are not harmless, as `difference` does."""
-    return [line for line in difference(plain(then), plain(now)) if not line.startswith(HARMLESS)]
+def differences(then: Any, now: Any) -> tuple[list[str], list[str]]:
+    """Return what differs between two plain recipes, as `difference` does: what alters a run, and what does not."""
+    matters, harmless = [], []
+    for line in difference(then, now):
+        key = line.partition(": ")[0]
+        longer = key == "epochs" and now["epochs"] > then["epochs"]
+        known = any(key == one or key.startswith(f"{one}.") for one in HARMLESS)
+        (harmless if longer or known else matters).append(line)
+    return matters, harmless

@@ -214,11 +214,15 @@ def _saver(folder: str | None, names: list[str]) -> Keep | None:
     """Return what writes each reconstruction as a PNG under its image's path; nothing without a folder."""
     if not folder:
         return None
-    root = Path(folder)
+    files: dict[Path, str] = {}
+    for name in names:
+        if (other := files.setdefault((Path(folder) / name).with_suffix(".png"), name)) != name:
+            raise UserError(f"--save-images: what is made of {other} and of {name} would be one file; rename an image")
+    made = list(files)
 
     def save(pair: Pair, positions: Tensor) -> None:
         for position, levels in zip(positions.tolist(), pair.levels[1].byte().cpu(), strict=True):
-            file = (root / names[position]).with_suffix(".png")
+            file = made[position]
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 _image(levels).save(file)

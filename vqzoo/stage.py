@@ -1,16 +1,12 @@
-"""What a stage needs beyond its hooks: an optimizer, whose moments outlive it, its guard, and the learning rate."""
+"""What a stage needs beyond its hooks: an optimizer, whose moments outlive it, and the learning rate."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
 
-from vqzoo.errors import NonFiniteError, UserError, suggestion
-from vqzoo.ops import all_reduce_sum
+from vqzoo.errors import UserError, suggestion
 from vqzoo.recipe import OptimConfig, Recipe, StageConfig
 
 Moments = dict[str, dict[str, Tensor]]
@@ -69,59 +65,6 @@ def take_moments(module: nn.Module, optimizer: torch.optim.Optimizer, moments: M
     for name, parameter in module.named_parameters():
         if parameter in optimizer.state:
             moments[name] = dict(optimizer.state[parameter])
-
-
-@dataclass
-class Verdict:
-    """Say of one update which of its terms were finite [T], and on how many processes one was not []."""
-
-    where: str
-    terms: list[str]
-    finite: Tensor
-    bad: Tensor
-    spared: str
-
-
-class Guard:
-    """Keep what is not finite out of the weights: every update is judged before it is made.
-
-    A host that waited for each verdict would let an accelerator run dry. `deferred`, it reads them in `check` alone, and
-    until then the device itself holds everything back: `stopped`, a 0-dim 1.0 from the first bad update on, is what a fused
-    optimizer takes as its `found_inf`, and `held` undoes other changes. Otherwise `judge` raises at once.
-    """
-
-    def __init__(self, device: torch.device, deferred: bool):
-        self.stopped, self.deferred = torch.zeros((), device=device), deferred
-        self._unread: list[Verdict] = []
-
-    def judge(self, where: str, losses: dict[str, Tensor], norms: dict[str, Tensor], spared: str) -> None:
-        """Judge an update by its losses and by the norms of its gradients, on all processes."""
-        finite = torch.stack([torch.isfinite(value) for value in (*losses.values(), *norms.values())])
-        bad = all_reduce_sum((~finite).any().float())
-        self.stopped.copy_((self.stopped + bad).clamp(max=1))
-        terms = [*(f"loss {name!r}" for name in losses), *(f"gradient of {name}" for name in norms)]
-        self._unread.append(Verdict(where, terms, finite, bad, spared))
-        if not self.deferred:
-            self.check()
-
-    def check(self) -> None:
-        """Raise NonFiniteError for the first bad update; waits for the device."""
-        verdicts, self._unread = self._unread, []
-        bad = torch.stack([verdict.bad for verdict in verdicts]).tolist() if verdicts else []
-        for verdict in (verdict for verdict, processes in zip(verdicts, bad, strict=True) if processes):
-            found = [term for term, finite in zip(verdict.terms, verdict.finite.tolist(), strict=True) if not finite]
-            losses = [term for term in found if term.startswith("loss")]
-            named = ", ".join(losses or found[:3]) or "a value on another process"
-            raise NonFiniteError(f"{verdict.where}: {named} is not finite; {verdict.spared}")
-
-    @contextmanager
-    def held(self, tensors: Iterable[Tensor]) -> Iterator[None]:
-        """Undo on the device what a block does to tensors, should an update before it have been bad."""
-        tensors = list(tensors) if self.deferred else []
-        before = [tensor.clone() for tensor in tensors]
-        yield
-        for tensor, value in zip(tensors, before, strict=True):
-            torch.where(self.stopped > 0, value, tensor, out=tensor)
 
 
 def learning_rate_factor(config: OptimConfig, step: int, steps: int) -> float:

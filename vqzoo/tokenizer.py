@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vqzoo.answers import check_finite, check_losses, check_quantized, check_range, check_same, check_seen, check_vectors
+from vqzoo.caller import kind_of
 from vqzoo.codebook import Codebook
 from vqzoo.errors import PluginError, UserError, suggestion
 from vqzoo.features import compiled
@@ -53,7 +55,10 @@ class TokenizerConfig:
 
 @dataclass
 class Output:
-    """Carry one forward: reconstructions [B, 3, H, W], latents and codes [B, N, D], indices [B, N] or [B, N, Q] or None."""
+    """Carry one forward: reconstructions [B, 3, H, W], latents and codes [B, N, D], indices [B, N] or [B, N, Q] or None.
+
+    checks tell of each part of a training forward, in order, whether it is finite: 0-dim bools on the device, by name.
+    """
 
     reconstructions: Tensor
     latents: Tensor
@@ -61,9 +66,10 @@ class Output:
     indices: Tensor | None
     extras: dict[str, Tensor]
     losses: dict[str, Tensor]
+    checks: dict[str, Tensor] = field(default_factory=dict)
 
     def detached(self) -> "Output":
-        """Return the same values without their graph and without the losses."""
+        """Return the same values without their graph, the losses and the checks."""
         extras = {name: value.detach() for name, value in self.extras.items()}
         return Output(self.reconstructions.detach(), self.latents.detach(), self.codes.detach(), self.indices, extras, {})
 
@@ -103,8 +109,10 @@ class Tokenizer(nn.Module):
     def _make_codebook(self, config: CodebookConfig) -> Codebook:
         try:
             codebook = self.hooks.make_codebook(size=config.size, width=config.width)
-        except ValueError as error:
-            raise UserError(f"codebook: {error}") from error
+        except PluginError as error:
+            if isinstance(error.__cause__, ValueError):
+                raise UserError(f"codebook: {error.__cause__}") from error
+            raise
         return self.hooks.answer("make_codebook", codebook, Codebook)
 
     # ---- wiring
@@ -148,20 +156,35 @@ class Tokenizer(nn.Module):
         yield from part.named_buffers(prefix=module)
 
     def rehearse(self, progress: Progress) -> set[str]:
-        """Quantize made-up latents once, as a training step would, and return the names of the embedding losses.
+        """Quantize made-up latents, as a training step would and as evaluation; return the names of the embedding losses.
 
         A plugin that breaks the contract is found here, before training. No buffer and no random state changes.
         """
         grid = self.grid
         before = [buffer.clone() for buffer in self.buffers()]
-        with torch.random.fork_rng(devices=[]), self.codebook.one_forward():
+        with torch.random.fork_rng(devices=[]):
             latents = torch.randn(1, grid[0] * grid[1], self.codebook.latent_width)
             latents.requires_grad_(any(p.requires_grad for p in self.encoder.parameters()))
             self.train()
-            losses = self._quantize(latents, grid, progress)[2]
+            with self.codebook.one_forward():
+                check_vectors(self.hooks, self.codebook)
+                found, seen, losses = self._quantize(latents, grid, progress)
+            evaluated = [self._evaluate(latents, grid) for _ in range(2)]
+        for quantized in (found, *evaluated):
+            check_finite(self.hooks, "quantize", {"codes": quantized.codes})
+            check_range(self.hooks, quantized, self.codebook.size)
+        check_same(self.hooks, *evaluated)
+        check_finite(self.hooks, "straight_through", {"a tensor": seen})
+        check_finite(self.hooks, "embedding_loss", {f"loss {name!r}": loss for name, loss in losses.items()})
         for buffer, value in zip(self.buffers(), before, strict=True):
             buffer.copy_(value)
         return set(losses)
+
+    @torch.no_grad()
+    def _evaluate(self, latents: Tensor, grid: tuple[int, int]) -> Quantized:
+        """Quantize latents as evaluation does."""
+        with _evaluating(self), self.codebook.one_forward():
+            return self._quantize(latents, grid, None)[0]
 
     @torch.no_grad()
     def rehearse_networks(self) -> None:
@@ -219,7 +242,16 @@ class Tokenizer(nn.Module):
             latents, grid = self.latents(images)
             quantized, seen, losses = self._quantize(latents, grid, progress)
         reconstructions = self._network("decoder")(_to_map(seen, grid)).float()
-        return Output(reconstructions, latents, quantized.codes, quantized.indices, quantized.extras, losses)
+        checks = self._checks(latents, quantized.codes, seen, reconstructions) if self.training else {}
+        return Output(reconstructions, latents, quantized.codes, quantized.indices, quantized.extras, losses, checks)
+
+    def _checks(self, latents: Tensor, codes: Tensor, seen: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+        """Tell of each part of a forward, in order, whether it is finite: whether its sum is, which costs one pass."""
+        quantize, estimator = (", ".join(self.hooks.providers(hook)) for hook in ("quantize", "straight_through"))
+        parts = {"latents of the encoder": latents, f"codes of quantize ({quantize})": codes,
+                 f"answer of straight_through ({estimator})": seen, "reconstructions of the decoder": reconstructions}
+        sums = torch.stack([part.detach().sum() for part in parts.values()])
+        return dict(zip(parts, sums.isfinite().unbind(), strict=True))
 
     def latents(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Return the encoder's latents [B, N, D] in float32 and their grid (h, w)."""
@@ -231,19 +263,18 @@ class Tokenizer(nn.Module):
         hooks, codebook = self.hooks, self.codebook
         with torch.autocast(latents.device.type, enabled=False):
             found = hooks.quantize(latents=latents, codebook=codebook, grid=grid, progress=progress)
-            found = hooks.answer("quantize", found, Quantized)
-            self._check_quantized(found, latents)
+            check_quantized(hooks, found, latents, codebook.width)
             if not self.training:
                 return found, found.codes, {}
             seen = hooks.straight_through(latents=latents, codes=found.codes, extras=found.extras)
-            seen = hooks.answer("straight_through", seen, Tensor)
+            check_seen(hooks, seen, found.codes)
             if not hooks.providers("embedding_loss"):
                 return found, seen, {}
             losses = hooks.embedding_loss(
                 latents=latents, codes=found.codes, indices=found.indices, extras=found.extras, codebook=codebook,
                 progress=progress,
             )
-            return found, seen, hooks.answer("embedding_loss", losses, dict)
+            return found, seen, check_losses(hooks, "embedding_loss", losses, latents.device)
 
     def reconstruction_losses(
         self, images: Tensor, reconstructions: Tensor, discriminator: nn.Module | None, progress: Progress
@@ -254,7 +285,7 @@ class Tokenizer(nn.Module):
             images=images, reconstructions=reconstructions, discriminator=discriminator,
             last_layer=self.decoder.last_layer, progress=progress,
         )
-        return [hooks.answer("reconstruction_loss", losses, dict) for losses in found]
+        return [check_losses(hooks, "reconstruction_loss", found[n], images.device, n) for n in range(len(found))]
 
     def discriminator_losses(
         self, images: Tensor, reconstructions: Tensor, discriminator: nn.Module, progress: Progress
@@ -264,37 +295,23 @@ class Tokenizer(nn.Module):
         found = hooks.discriminator_loss(
             images=images, reconstructions=reconstructions, discriminator=discriminator, progress=progress
         )
-        return hooks.answer("discriminator_loss", found, dict)
+        return check_losses(hooks, "discriminator_loss", found, images.device)
 
     @torch.no_grad()
     def report(self, progress: Progress) -> dict[str, float]:
         """Return the numbers that plugins report; a name that two use, or a value that is no number, is a PluginError."""
         merged: dict[str, float] = {}
-        for numbers in self.hooks.report(progress=progress):
-            for name, value in self.hooks.answer("report", numbers, dict).items():
+        for number, numbers in enumerate(self.hooks.report(progress=progress)):
+            for name, value in numbers.items():
                 if name in merged:
-                    raise PluginError(f"hook report: two plugins report a number called {name!r}; give one another name")
+                    raise PluginError(f"{self.hooks.served('report', number)}, returned the number {name!r}, as another plugin "
+                                      "does; give one another name")
                 try:
                     merged[name] = float(value)
                 except (TypeError, ValueError, RuntimeError) as error:
-                    raise PluginError(f"hook report: {name!r} is no number but {type(value).__name__}") from error
+                    raise PluginError(f"{self.hooks.served('report', number)}, returned as number {name!r} {kind_of(value)} "
+                                      "where a number or a 0-dim tensor is expected") from error
         return merged
-
-    def _check_quantized(self, found: Quantized, latents: Tensor) -> None:
-        wanted = (*latents.shape[:2], self.codebook.width)
-        problem = None
-        if tuple(found.codes.shape) != wanted:
-            problem = f"codes {list(found.codes.shape)} where {list(wanted)} is expected"
-        elif found.codes.dtype != torch.float32:
-            problem = f"codes of {found.codes.dtype} where torch.float32 is expected"
-        elif found.indices is not None and (
-            found.indices.dim() not in (2, 3) or found.indices.shape[:2] != latents.shape[:2]
-        ):
-            problem = f"indices {list(found.indices.shape)} where {list(latents.shape[:2])} or one dimension more is expected"
-        elif found.indices is not None and found.indices.dtype != torch.int64:
-            problem = f"indices of {found.indices.dtype} where torch.int64 is expected"
-        if problem:
-            raise PluginError(f"hook quantize, served by {' and '.join(self.hooks.providers('quantize'))}, returned {problem}")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -338,7 +355,7 @@ class Tokenizer(nn.Module):
         hooks = {name: self.hooks.providers(name) for name in INFERENCE}
         kept = [name for name in self.plugins if any(name in names for names in hooks.values())]
         config = plain(self.config)
-        config["encoder"]["pretrained"] = False
+        config["encoder"] |= {"pretrained": False, **plain(self.encoder.portable())}
         config["plugins"] = {name: config["plugins"][name] for name in kept}
         config["hooks"] = hooks
         config["versions"] = versions(kept)
@@ -363,14 +380,19 @@ class Tokenizer(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
         """Load an exported tokenizer, or the one in a run's folder, in evaluation mode; every tensor must fit.
 
-        No other weights are opened, whatever the configuration names.
+        It may be a stranger's: no other file is opened, whatever the configuration names, and no code runs but that of
+        installed plugins.
         """
         folder = Path(folder)
         folder = folder / "tokenizer" if os.path.isfile(folder / "tokenizer" / CONFIG) else folder
         config_file, weights = folder / CONFIG, folder / WEIGHTS
         if not os.path.isfile(config_file) or not os.path.isfile(weights):
             raise UserError(f"{folder}: neither an exported tokenizer (config.json and model.safetensors) nor a finished run")
-        tokenizer = cls(_read_config(config_file))
+        try:
+            tokenizer = cls(_read_config(config_file))
+        except (MemoryError, RuntimeError) as error:  # of sizes that this machine has no memory for
+            text = (str(error) or repr(error)).partition("\n")[0]
+            raise UserError(f"{config_file}: no tokenizer can be made of it: {text}") from error
         try:
             tokenizer.load_state_dict(load_file(weights))
         except Exception as error:
@@ -418,6 +440,9 @@ def _read_config(path: Path) -> TokenizerConfig:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), content))
     except (ValueError, TypeError, AttributeError, RecursionError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not a tokenizer's configuration: {str(error).splitlines()[0]}") from error
+    if ":" in config.encoder.name:
+        raise UserError(f"{path}: encoder.name: {config.encoder.name!r} names a hub or another folder, which is not opened; "
+                        "give timm's name of the architecture")
     config.encoder.pretrained = False
     config.encoder.args.pop("checkpoint_path", None)  # timm would load this file too
     if len(config.resolution) != 2 or min(config.resolution) < 1:
@@ -425,8 +450,8 @@ def _read_config(path: Path) -> TokenizerConfig:
     numbers = {"encoder.stride": config.encoder.stride, "codebook.size": config.codebook.size,
                "codebook.width": config.codebook.width}
     for key, value in numbers.items():
-        if value < 1:
-            raise UserError(f"{path}: {key}: {value!r} will not do; it must be at least 1")
+        if not 1 <= value < 2**31:
+            raise UserError(f"{path}: {key}: {value!r} will not do; it must be in [1, 2**31)")
     return config
 
 

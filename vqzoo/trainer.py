@@ -2,30 +2,41 @@
 
 import hashlib
 import math
+import random
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqzoo import checkpoint
-from vqzoo.data import Batch, StreamDataset, eval_batches, stamp, to_images, train_batches
-from vqzoo.errors import NonFiniteError, PluginError, UserError
+from vqzoo import checkpoint, state
+from vqzoo.data import Batch, StreamDataset, content, eval_batches, stamp, to_images, train_batches
+from vqzoo.errors import DataError, Interrupted, NonFiniteError, OutOfMemory, PluginError, StorageError, UserError
 from vqzoo.evaluation import better
 from vqzoo.evaluation.evaluate import Result
 from vqzoo.evaluation.report import card, data_card, hardware, to_json, versions_of_metrics
-from vqzoo.monitor import Drift, Monitor, memory, panel, save_picture
+from vqzoo.folder import RunFolder
+from vqzoo.guard import BadUpdate, Guard, Update, keep_evidence
+from vqzoo.interrupt import StopSignals
+from vqzoo.memory import advice, is_shortage
+from vqzoo.monitor import Drift, Monitor, memory, save_picture
 from vqzoo.ops import all_reduce_sum, code_usage, gather_names, gather_rows, perplexity, usage, use
+from vqzoo.ops.collective import Agreement, differing
+from vqzoo.pictures import Pictures
 from vqzoo.plugin import Progress
-from vqzoo.prepare import enter, prepare
-from vqzoo.recipe import Recipe, changes, load_recipe, to_yaml, versions
-from vqzoo.stage import Guard, Moments, flat, longest, make_optimizer, nested, set_learning_rate, take_moments
+from vqzoo.prepare import enter, make_accelerator, prepare
+from vqzoo.recipe import Recipe, to_yaml, versions
+from vqzoo.stage import Moments, longest, make_optimizer, set_learning_rate, take_moments
+from vqzoo.state import Counters
+from vqzoo.tally import Tally
 from vqzoo.tokenizer import Output, Tokenizer
 
 MOST_SKIPPED = 50
@@ -34,41 +45,40 @@ MOST_SKIPPED = 50
 ASYNCHRONOUS = ("cuda",)
 """Kinds of device for which the host must not wait within a step."""
 
+ASKED = 64
+"""Processes that ask one another in each step whether to stop; of twice as many, it is every second step, and so on."""
 
-@dataclass
-class Counters:
-    """Where a run is; every number of it is in a checkpoint."""
-
-    step: int = 0
-    batches: int = 0
-    epoch: int = 0
-    stage: int = 0
-    step_in_stage: int = 0
-    epoch_in_stage: int = 0
-    skipped: int = 0
-    discriminator_skipped: int = 0
-    seconds: float = 0.0
-    losses: list[str] = field(default_factory=list)
-    transitions: list[dict[str, Any]] = field(default_factory=list)
-    files_left_out: list[str] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
+UNREADABLE = 255
+"""The wish to stop, beyond all signals' numbers, of a process that cannot read its images."""
 
 
 class Trainer:
     """Train a recipe into a folder. Everything that can be wrong is found by the constructor, before training."""
 
-    def __init__(self, recipe: Recipe, out: str | Path, resume: bool = False):
-        self.recipe, self.out, self.resume = recipe, Path(out), resume
-        saved = self._find_checkpoint(resume)
-        ready = prepare(_without_weights(recipe) if saved else recipe)
-        self.accelerator, self.kept, self.evaluator = ready.accelerator, ready.kept, ready.evaluator
+    def __init__(self, recipe: Recipe, out: str | Path, resume: str | Path = "never", insist: bool = False):
+        self.recipe, self.out = recipe, Path(out)
+        self.accelerator = make_accelerator(recipe)
+        self.folder = RunFolder(self.out, resume, insist)
+        try:
+            self._make_ready()
+        except BaseException:
+            self.folder.release()
+            raise
+
+    def _make_ready(self) -> None:
+        recipe = self.recipe
+        self.start = self.folder.find(recipe)
+        ready = prepare(_without_weights(recipe) if self.start.path else recipe, self.accelerator)
+        self.kept, self.evaluator = ready.kept, ready.evaluator
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.train_data, self.val_data = ready.train_data, ready.val_data
         self.steps_per_epoch = ready.steps_per_epoch
         self.steps = self.steps_per_epoch * recipe.epochs
+        self.content = content(self.train_data)
+        self.folder.check_images(self.start, self.content)
         self.counters = Counters()
         self.last_of_all: Result | None = None
-        self.pictures_before: dict[str, Tensor] = {}
         self.moments: Moments = {}
         self.discriminator_moments: Moments = {}
         self.tokenizer = ready.tokenizer.to(self.device)
@@ -79,14 +89,21 @@ class Trainer:
         self.code_ages = torch.zeros(self.tokenizer.codebook.size, dtype=torch.int64, device=self.device)
         # accelerate's gradient scaler must itself read on the host whether it skips, and would not see a fused step skip
         self.fused = recipe.precision != "fp16"
-        self.guard = Guard(self.device, deferred=self.fused and self.device.type in ASYNCHRONOUS)
+        careful = recipe.guard.policy != "stop" or recipe.guard.spike is not None
+        deferred = self.fused and not careful and self.device.type in ASYNCHRONOUS
+        self.guard = Guard(self.device, deferred, recipe.guard.spike, self.processes)
         self._compile()
-        self.saved = saved
-        if saved:
-            self._restore(saved)
         self.fixed = self._fixed_images()
+        self.drift = Drift(self.fixed[: recipe.log.drift_images])
+        self.pictures = Pictures(self.fixed[: recipe.log.images])
+        self.record: dict[str, float] = {}
+        self._reset_tally()
+        # the newest checkpoint in the folder is not written twice
+        self.saved_step = self.start.manifest["step"] if self.start.path and self.folder.holds(self.start.path) else None
+        if self.start.path:
+            state.restore(self, self.start.path)
         self.train_batches = self._training_stream()
-        self._claim_folder()
+        self.folder.claim(recipe)
 
     def _compile(self) -> None:
         """Have the networks compiled when they first train, if the recipe wants it; hooks and averages stay as they are."""
@@ -95,43 +112,6 @@ class Trainer:
         self.tokenizer.compile_networks()
         if self.discriminator is not None:
             self.discriminator.compile(dynamic=False)
-
-    def _find_checkpoint(self, resume: bool) -> Path | None:
-        """Return the checkpoint to continue from; a UserError if the folder cannot be this run's."""
-        begun = self.out / "recipe.yaml"
-        try:
-            if not begun.exists():
-                foreign = self.out.is_dir() and any(not path.name.startswith(".") for path in self.out.iterdir())
-                if foreign:
-                    raise UserError(f"--out: {self.out} is not empty and holds no run; name a new folder")
-                return None
-        except OSError as error:
-            raise UserError(f"--out: {self.out} cannot be used: {error}") from error
-        if not resume:
-            raise UserError(f"{self.out} already holds a run; name another folder with --out, or continue it with --resume")
-        then = load_recipe(str(begun))
-        if not then.versions:
-            raise UserError(f"--out: {begun} was not written by a run; name a new folder")
-        if changed := changes(then, self.recipe):
-            raise UserError(f"{self.out} was begun with another recipe and cannot be resumed with this one:\n  "
-                            + "\n  ".join(changed))
-        return checkpoint.latest(self.out / "checkpoints")
-
-    def _claim_folder(self) -> None:
-        """Make the run's folders and write the resolved recipe; a UserError on every process if that is impossible."""
-        self.accelerator.wait_for_everyone()  # every process has looked before the main one writes
-        problem = ""
-        try:
-            if self.main:
-                for name in ("checkpoints", "tensorboard"):
-                    (self.out / name).mkdir(parents=True, exist_ok=True)
-                if not (self.out / "recipe.yaml").exists():
-                    recipe = replace(self.recipe, versions=versions(list(self.recipe.plugins)))
-                    checkpoint.write_text(self.out / "recipe.yaml", to_yaml(recipe))
-        except OSError as error:
-            problem = f": {error}"
-        if all_reduce_sum(torch.tensor(float(bool(problem)), device=self.device)):
-            raise UserError(f"--out: {self.out} cannot be written{problem}")
 
     def _training_stream(self) -> Iterator[Batch]:
         """Return the run's batches; the first is read now, so that unreadable data is found before training."""
@@ -144,36 +124,63 @@ class Trainer:
     # ---- the run
 
     def run(self) -> dict[str, Any]:
-        """Train to the end, evaluate, export, and return what metrics.json holds."""
-        self.drift = Drift(self.fixed[: self.recipe.log.drift_images])
-        self.pictured = self.fixed[: self.recipe.log.images]
-        shape = self.pictured.shape
-        self.pictures_before = {name: x for name, x in self.pictures_before.items() if x.shape == shape}
-        self.monitor = Monitor(self.out / "tensorboard", self.steps, self.counters.step, self.saved is not None, self.main)
+        """Train to the end, evaluate, export, and return what metrics.json holds.
+
+        SIGTERM and SIGINT end it with Interrupted at the next step boundary, everything saved.
+        """
+        self.monitor = Monitor(self.out / "tensorboard", self.steps, self.counters.step, self._anew(), self.main)
+        self.writer = checkpoint.Writer(self.folder.checkpoints)
+        self.agreement = Agreement()
         self.began = time.monotonic() - self.counters.seconds
         try:
-            with use(self.recipe.ops.backend, self.recipe.ops.precision):
+            with StopSignals() as self.signals, use(self.recipe.ops.backend, self.recipe.ops.precision):
                 return self._run()
+        except PluginError as error:
+            raise PluginError(f"{self._where()}: {error}") from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            raise OutOfMemory(f"{self._where()}: {advice(self.recipe, self.tokenizer, self.accelerator, error)}") from error
         finally:
             self.monitor.close()
             self.train_batches.close()
+            self.writer.wait()
+            self.folder.release()
+
+    def _where(self) -> str:
+        return f"step {self.counters.step} (epoch {self.counters.epoch}, stage {self.stage!r})"
 
     def _run(self) -> dict[str, Any]:
         """Train all epochs, with what the operations use as the recipe has it."""
+        resumed = self.start.path is not None
         self.monitor.text("recipe", to_yaml(self.recipe))
-        if self.resume and not self.saved:
-            self.monitor.say(f"{self.out} holds no checkpoint to resume from: starting afresh")
-        if self.saved:
-            self.monitor.say(f"resumed from {self.saved}", self.counters.step)
+        if resumed:
+            self._say_resumed()
+        for note in self.start.notes:
+            self.monitor.say(note, self.counters.step)
         for name, why in self.evaluator.missing.items():
             self.monitor.say(f"evaluate.metrics: {name} will be missing: {why}")
-        if self.kept and not self.saved:
+        if self.kept and not resumed:
             self.monitor.say(f"init_from {self.recipe.init_from} has no fitting tensor for {', '.join(self.kept)}", 0)
-        self._begin_stage(resumed=self.saved is not None)
+        self._begin_stage(resumed)
         while self.counters.epoch < self.recipe.epochs:
-            self._train_epoch()
-            self._end_epoch()
+            try:
+                self._train_epoch()
+                self._end_epoch()
+            except BadUpdate as bad:
+                self._roll_back(bad)
         return self._finish()
+
+    def _say_resumed(self) -> None:
+        """Say from where the run goes on, and what is not as it was."""
+        counters, then = self.counters, self.start.manifest.get("processes", self.processes)
+        self.monitor.say(f"resumed from {self.start.path}", counters.step)
+        if then != self.processes:
+            self.monitor.say(f"{then} processes wrote it and {self.processes} go on: the same {self.recipe.data.batch_size} "
+                             "images a step and the same codebook; sums round differently", counters.step)
+        if isinstance(self.train_data, StreamDataset):
+            self.monitor.say(f"data.name: {self.recipe.data.name} is a stream, and begins anew", counters.step)
+        self._write_record_again()
 
     def _fixed_images(self) -> Tensor:
         """Return the held-out images on which drift is measured and of which pictures are made."""
@@ -210,7 +217,6 @@ class Trainer:
         self._make_optimizers()
         self._follow_replaced()
         self._checked_gradients: list[nn.Module] = []
-        self._reset_epoch()
 
     def _preparation_batches(self) -> Iterator[Batch]:
         """Yield training images beside the run's own stream, which must not move."""
@@ -264,23 +270,64 @@ class Trainer:
 
     # ---- an epoch
 
-    def _reset_epoch(self) -> None:
+    def _reset_tally(self) -> None:
         codes = self.tokenizer.codebook.size
-        self.epoch_counts = torch.zeros(codes, dtype=torch.int64, device=self.device)
-        self.epoch_losses: dict[str, Tensor] = {}
-        self.recent_losses: dict[str, Tensor] = {}
-        self.recent_steps, self.replaced, self.logged_at = 0, 0, time.monotonic()
+        self.tally = Tally(torch.zeros(codes, dtype=torch.int64, device=self.device))
+        self.bad_files: list[str] = []
+        self.logged_at = time.monotonic()
 
     def _train_epoch(self) -> None:
-        done, bad = 0, []
-        while done < self.steps_per_epoch:
+        """Train what an epoch still lacks: a resumed one may lack no more than its end."""
+        counters = self.counters
+        while counters.step_in_epoch < self.steps_per_epoch:
+            self.batches, problem = self._next_batches()
+            self._stop_if_asked(problem)
+            ends = counters.step_in_epoch + 1 == self.steps_per_epoch
+            try:
+                done = self._step(self.batches, ends)
+            except BadUpdate as bad:
+                self._keep_evidence(bad)
+                raise
+            if not done:
+                continue
+            self._log()
+            if self._saves(counters.step, ends):
+                self._save()
+            self._write_record()
+
+    def _saves(self, step: int, ends_epoch: bool) -> bool:
+        """Tell whether a checkpoint is due after so many steps; at an epoch's end, it is written before that is dealt with."""
+        due, epochs = self.recipe.checkpoint, self.counters.epoch + 1
+        whole = ends_epoch and (epochs % due.epochs == 0 or epochs == self.recipe.epochs)
+        return whole or bool(due.steps and step % due.steps == 0)
+
+    def _next_batches(self) -> tuple[list[Batch], DataError | None]:
+        """Return a step's micro-batches, or why they cannot be read; the other processes must hear of it first."""
+        try:
             batches = [next(self.train_batches) for _ in range(self.recipe.accumulate)]
-            bad += [name for batch in batches for name in batch.bad]
-            ends = done + 1 == self.steps_per_epoch
-            if self._step(batches, ends):
-                done += 1
-                self._log(done)
-        self._report_bad(bad)
+        except DataError as error:
+            return [], error
+        self.bad_files += [name for batch in batches for name in batch.bad]
+        return batches, None
+
+    def _stop_if_asked(self, problem: DataError | None = None) -> None:
+        """Save and leave, all processes together, if one has received a signal or cannot go on; called between two steps."""
+        if problem and self.processes > ASKED:  # at another time, the rest would not be asked
+            raise problem
+        if not problem and self.counters.batches % max(1, self.processes // ASKED):
+            return
+        wish = self.agreement.largest(UNREADABLE if problem else self.signals.received)
+        if not wish:
+            return
+        self._save()
+        self.writer.wait()
+        self._report_unsaved(end=True)
+        if problem:
+            raise problem
+        if wish == UNREADABLE:
+            raise DataError("another process cannot read its images any more; the run was saved")
+        name = signal.Signals(wish).name
+        raise Interrupted(f"{name} at step {self.counters.step}: saved; --resume auto goes on from there", wish)
 
     def _progress(self, ends_epoch: bool = False) -> Progress:
         c = self.counters
@@ -291,7 +338,7 @@ class Trainer:
         """Do one optimizer step of tokenizer and discriminator; False if the fp16 scaler skipped it."""
         counters, recipe = self.counters, self.recipe
         progress = self._progress(ends_epoch)
-        torch.manual_seed(_mix(recipe.seed, counters.batches, self.accelerator.process_index))
+        _seed_everything(_mix(recipe.seed, counters.batches, self.rank))
         counters.batches += 1
         self.rate = set_learning_rate(self.optimizer, recipe.optim, counters.step, self.steps)
         done = self._tokenizer_step(batches, progress)
@@ -300,21 +347,24 @@ class Trainer:
         losses, outputs, images = done
         if self.discriminator is not None and self.tokenizer.hooks.providers("discriminator_loss"):
             losses = merge_losses(losses, self._discriminator_step(images, outputs, progress))
-        self._add_losses(losses)
-        if ends_epoch or (counters.step + 1) % recipe.log.steps == 0:
+        self.tally.add(losses)
+        if ends_epoch or (counters.step + 1) % recipe.log.steps == 0 or self._saves(counters.step + 1, ends_epoch):
             self.guard.check()
         with torch.no_grad():
             self._update_ema()
             self._refresh(outputs, progress)
         counters.step += 1
+        counters.step_in_epoch += 1
         counters.step_in_stage += 1
         return True
 
     def _tokenizer_step(self, batches: list[Batch], progress: Progress):
         """Return the losses, the outputs and the images of all micro-batches, or None for a skipped step."""
         losses: dict[str, Tensor] = {}
+        checks: dict[str, Tensor] = {}
         outputs, images = [], []
         self._train_discriminator(False)
+        before = self._moved_by_forward()
         for number, batch in enumerate(batches):
             images.append(to_images(batch.images, self.device))
             with self._no_sync_but_last(self.model, number), self.accelerator.autocast():
@@ -323,14 +373,35 @@ class Trainer:
                     images[-1], output.reconstructions, self.discriminator, progress))
             with self._no_sync_but_last(self.model, number):  # backward under autocast would recast what ran in float32
                 self.accelerator.backward(sum(found.values()) / self.recipe.accumulate)
-            for name, value in found.items():
-                losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
+            self._add(losses, found)
+            for name, fine in output.checks.items():
+                checks[name] = checks[name] & fine if name in checks else fine
             outputs.append(output.detached())
         self._check_every_parameter_has_a_gradient(self.tokenizer)
-        self._picture_before(list(losses))
-        if not self._apply(self.optimizer, self.tokenizer, self.recipe.optim.clip, losses):
+        self._note_losses(list(losses))
+        sources = dict.fromkeys(losses, "reconstruction_loss") | dict.fromkeys(output.losses, "embedding_loss")
+        if not self._apply(self.optimizer, self.tokenizer, self.recipe.optim.clip, self._told(losses, sources), checks):
+            for buffer, value in before:
+                buffer.copy_(value)
             return None
         return losses, outputs, images
+
+    def _moved_by_forward(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the buffers that a forward may move, with copies, where a skipped step must leave no trace in them."""
+        if self.recipe.guard.policy != "skip":
+            return []
+        modules = (self.tokenizer.encoder, self.tokenizer.decoder, self.tokenizer.plugins, self.discriminator)
+        return [(buffer, buffer.clone()) for module in modules if module is not None for buffer in module.buffers()]
+
+    def _add(self, losses: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+        for name, value in found.items():
+            losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
+
+    def _told(self, losses: dict[str, Tensor], sources: dict[str, str]) -> dict[str, Tensor]:
+        """Return losses by what is to be said of them, should they not be finite: their hook and who serves it."""
+        providers = self.tokenizer.hooks.providers
+        return {f"loss {name!r} of {sources[name]} ({', '.join(providers(sources[name]))})": value
+                for name, value in losses.items()}
 
     def _discriminator_step(self, images: list[Tensor], outputs: list[Output], progress: Progress) -> dict[str, Tensor]:
         config = self.recipe.discriminator_optim
@@ -345,39 +416,113 @@ class Trainer:
                     return {}
             with self._no_sync_but_last(self.discriminator_model, number):
                 self.accelerator.backward(sum(found.values()) / self.recipe.accumulate)
-            for name, value in found.items():
-                losses[name] = losses.get(name, 0) + value.detach() / self.recipe.accumulate
+            self._add(losses, found)
         self._check_every_parameter_has_a_gradient(self.discriminator)
-        self._apply(self.discriminator_optimizer, self.discriminator, config.clip, losses)
-        return losses
+        told = self._told(losses, dict.fromkeys(losses, "discriminator_loss"))
+        done = self._apply(self.discriminator_optimizer, self.discriminator, config.clip, told, {})
+        return losses if done or self.recipe.precision == "fp16" else {}
 
     def _no_sync_but_last(self, model: nn.Module, number: int) -> Any:
         last = number == self.recipe.accumulate - 1
         return nullcontext() if last else self.accelerator.no_sync(model)
 
-    def _apply(self, optimizer: Any, module: nn.Module, clip: float | None, losses: dict[str, Tensor]) -> bool:
-        """Clip and step unless anything is not finite; False if the fp16 scaler skipped the step."""
+    def _apply(
+        self, optimizer: Any, module: nn.Module, clip: float | None, losses: dict[str, Tensor], checks: dict[str, Tensor]
+    ) -> bool:
+        """Clip and step unless anything is not finite; False if the fp16 scaler or the guard's policy skipped the step."""
         self.accelerator.unscale_gradients(optimizer)
         named = {name: p for name, p in module.named_parameters() if p.grad is not None}
         norms = torch._foreach_norm([p.grad for p in named.values()])
         if clip is not None:
             nn.utils.clip_grads_with_norm_(named.values(), clip, torch.linalg.vector_norm(torch.stack(norms)))
         judged = {} if self.recipe.precision == "fp16" else dict(zip(named, norms, strict=True))
-        where = f"step {self.counters.step} (epoch {self.counters.epoch}, stage {self.stage!r})"
-        spared = "nothing" if module is self.tokenizer else "the discriminator was not updated, the tokenizer"
-        self.guard.judge(where, losses, judged, f"{spared} was updated")
-        optimizer.step()
-        skipped = optimizer.step_was_skipped
+        whose = module is self.tokenizer
+        spared = "nothing was updated" if whose else "the discriminator was not updated, the tokenizer was updated"
+        update = Update(self.counters.step, self.counters.batches - 1, self._where(), spared, watched=whose)
+        allowed = self._allowed(update, losses, judged, checks)
+        if allowed:
+            optimizer.step()
+        skipped = not allowed or optimizer.step_was_skipped
         optimizer.zero_grad()
-        self._count_skipped("skipped" if optimizer is self.optimizer else "discriminator_skipped", skipped)
+        self._count_skipped("skipped" if whose else "discriminator_skipped", skipped, by_scaler=allowed)
         return not skipped
 
-    def _count_skipped(self, counter: str, skipped: bool) -> None:
+    def _allowed(
+        self, update: Update, losses: dict[str, Tensor], norms: dict[str, Tensor], checks: dict[str, Tensor]
+    ) -> bool:
+        """Have an update judged; False if it is to be skipped."""
+        try:
+            self.guard.judge(update, losses, norms, checks)
+        except BadUpdate as bad:
+            if self.recipe.guard.policy != "skip":
+                raise
+            self._keep_evidence(bad)
+            self.monitor.say(f"{bad}; skipped (guard.policy)", self.counters.step)
+            self.guard.forgive()
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.update()  # which would otherwise be thought to have been asked twice
+            return False
+        return True
+
+    def _count_skipped(self, counter: str, skipped: bool, by_scaler: bool) -> None:
         in_a_row = getattr(self.counters, counter) + 1 if skipped else 0
         setattr(self.counters, counter, in_a_row)
-        if in_a_row > MOST_SKIPPED:
-            raise NonFiniteError(f"step {self.counters.step}: the fp16 scaler skipped {MOST_SKIPPED} steps in a row "
-                                 f"({counter}); gradients overflow at any scale: lower the learning rate or use bf16")
+        most = MOST_SKIPPED if by_scaler else self.recipe.guard.most
+        if in_a_row > most and by_scaler:
+            raise NonFiniteError(f"step {self.counters.step}: the fp16 scaler skipped {most} steps in a row ({counter}); "
+                                 "gradients overflow at any scale: lower the learning rate or use bf16")
+        if in_a_row > most:
+            raise NonFiniteError(f"{self._where()}: more than {most} updates in a row would be skipped ({counter}, "
+                                 "guard.most); lower the learning rate, set optim.clip, or look at what failures/ holds")
+
+    def _keep_evidence(self, bad: BadUpdate) -> None:
+        """Leave in failures/ what is needed to see a bad update again: its batch, the recipe, the report."""
+        counters, update, batches = self.counters, bad.update, self.batches
+        if update.batch != counters.batches - 1:  # one that was found out later; its images are read again
+            start = update.batch * self.recipe.data.batch_size
+            stream = train_batches(replace(self.recipe.data, workers=0), self.train_data, self.recipe.seed, start, self.rank,
+                                   self.processes, self.recipe.accumulate)
+            batches = [next(stream) for _ in range(self.recipe.accumulate)]
+            stream.close()
+        modules = {"tokenizer": self.tokenizer} | ({} if self.discriminator is None else {"discriminator": self.discriminator})
+        about = {"epoch": counters.epoch, "stage": self.stage, "process": self.rank, "processes": self.processes,
+                 "policy": self.recipe.guard.policy, "checkpoint_step": self.saved_step,
+                 "versions": versions(list(self.recipe.plugins))}
+        try:
+            place = keep_evidence(self.out / "failures", bad, self.rank, batches, modules, about, to_yaml(self.recipe))
+        except OSError as error:
+            self.monitor.say(f"{self.out / 'failures'} cannot be written: {error}")
+        else:
+            self.monitor.say(f"evidence of the bad update: {place or 'none is kept beyond what failures/ holds'}")
+
+    def _roll_back(self, bad: BadUpdate) -> None:
+        """Go back to the last checkpoint and on with other batches, if the policy says so; else raise."""
+        guard, counters = self.recipe.guard, self.counters
+        if guard.policy != "rollback":
+            raise bad
+        self.writer.wait()
+        start = self.folder.newest()
+        step = start.manifest.get("step")
+        again = sum(event["to"] == step for event in counters.rollbacks)
+        if start.path is None or again >= guard.most:
+            why = f"it has been {again} times (guard.most)" if start.path else "there is no checkpoint yet"
+            raise NonFiniteError(f"{bad}; it cannot be rolled back: {why}") from bad
+        event = {"step": bad.update.step, "batch": bad.update.batch, "to": step, "reason": str(bad)}
+        batches, rollbacks = counters.batches, [*counters.rollbacks, event]
+        self._leave_stage()
+        for module in (self.tokenizer, self.discriminator):
+            if module is not None:
+                module.zero_grad(set_to_none=True)
+        state.restore(self, start.path)
+        self.saved_step = step
+        self.counters.batches, self.counters.rollbacks = batches, rollbacks  # the bad batch is not seen again
+        self.train_batches.close()
+        self.train_batches = self._training_stream()
+        self.monitor.rewind(self.counters.step, self._anew())
+        self._write_record_again()
+        self.monitor.say(f"{bad}; rolled back to step {step} (guard.policy)", step)
+        self.guard.forgive()
+        self._begin_stage(resumed=True)
 
     def _check_every_parameter_has_a_gradient(self, module: nn.Module) -> None:
         if module in self._checked_gradients:
@@ -394,11 +539,6 @@ class Trainer:
                             f"(stages[{self.counters.stage}].freeze)")
         self.monitor.say(said, self.counters.step)
 
-    def _add_losses(self, losses: dict[str, Tensor]) -> None:
-        for sums in (self.epoch_losses, self.recent_losses):
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.double()
-
     @torch.no_grad()
     def _update_ema(self) -> None:
         """Move the averaged weights; early on by more, so that a short run is not scored on its first weights."""
@@ -412,7 +552,7 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def _averaged(self) -> Tokenizer:
+    def averaged(self) -> Tokenizer:
         """Return the tokenizer of averaged weights, with the buffers as they are now."""
         if self.ema is not self.tokenizer:
             torch._foreach_copy_(list(self.ema.buffers()), list(self.tokenizer.buffers()))
@@ -424,24 +564,24 @@ class Trainer:
         hooks, codebook = self.tokenizer.hooks, self.tokenizer.codebook
         counts = self._counts(outputs)
         if counts is not None:
-            self.epoch_counts += counts
+            self.tally.counts += counts
             self.code_ages.add_(1).masked_fill_(counts > 0, 0)
         if not hooks.providers("refresh_codes"):
             return
         if progress.ends_epoch:
-            progress = replace(progress, means=MappingProxyType(self._means(self.epoch_losses, self.steps_per_epoch)))
+            progress = replace(progress, means=MappingProxyType(self.tally.means(self.steps_per_epoch)))
         asked = {name: hooks.asks_for("refresh_codes", name) for name in ("latents", "indices", "extras")}
         with self.guard.held(self._refreshed()):
             replaced = hooks.refresh_codes(
                 codebook=codebook,
                 latents=_joined([o.latents for o in outputs]) if asked["latents"] else None,
                 indices=_joined([o.indices for o in outputs]) if asked["indices"] and counts is not None else None,
-                counts=counts, epoch_counts=self.epoch_counts,
+                counts=counts, epoch_counts=self.tally.counts,
                 extras={k: torch.cat([o.extras[k] for o in outputs]) for k in outputs[0].extras} if asked["extras"] else {},
                 progress=progress, generator=self._generator(2),
             )
             self._follow_replaced()
-        self.replaced = sum((number for number in replaced if number is not None), self.replaced)
+        self.tally.replaced = sum((number for number in replaced if number is not None), self.tally.replaced)
 
     def _refreshed(self) -> Iterator[Tensor]:
         """Yield what a refresh may change: the codes, plugins' buffers, the rows' moments and averages."""
@@ -477,32 +617,23 @@ class Trainer:
 
     # ---- an epoch's end
 
-    def _means(self, sums: dict[str, Tensor], steps: int) -> dict[str, float]:
-        """Return the mean of each loss over steps and processes; called by every process."""
-        if not sums:
-            return {}
-        joined = torch.stack([torch.as_tensor(value, device=self.device) for value in sums.values()])
-        means = all_reduce_sum(joined) / (steps * self.accelerator.num_processes)
-        return dict(zip(sums, means.tolist(), strict=True))
-
     def _end_epoch(self) -> None:
+        """Report the epoch, evaluate, and let the stage end; a run that stops before this is over does all of it again."""
         counters = self.counters
-        reason = self._stage_is_over()
         self._report_epoch()
+        reason = self._stage_is_over()
         counters.epoch += 1
         counters.epoch_in_stage += 1
+        counters.step_in_epoch = 0
         counters.seconds = time.monotonic() - self.began
+        self._reset_tally()
         if reason and counters.stage + 1 < len(self.recipe.stages) and counters.epoch < self.recipe.epochs:
             self._change_stage(reason)
-        else:
-            self._reset_epoch()
-        if counters.epoch % self.recipe.checkpoint.epochs == 0 or counters.epoch == self.recipe.epochs:
-            self._save()
 
     def _stage_is_over(self) -> str | None:
         """Return why the stage ends with this epoch, or None."""
         counters = self.counters
-        progress = replace(self._progress(True), means=MappingProxyType(self._means(self.epoch_losses, self.steps_per_epoch)))
+        progress = replace(self._progress(True), means=MappingProxyType(self.tally.means(self.steps_per_epoch)))
         answers = [a for a in self.tokenizer.hooks.stage_transition(stage=self.stage, progress=progress) if a]
         if answers:
             return "; ".join(a if isinstance(a, str) else "a plugin ended it" for a in answers)
@@ -519,36 +650,68 @@ class Trainer:
         event = {"step": counters.step, "epoch": counters.epoch, "from": leaving, "to": self.stage, "reason": reason}
         counters.transitions.append(event)
         self.monitor.say(f"step {counters.step}: stage {leaving} → {self.stage}: {reason}", counters.step)
+        self.guard.forget()
         self._begin_stage()
 
-    def _report_bad(self, names: list[str]) -> None:
+    def _report_bad(self) -> None:
+        names, self.bad_files = self.bad_files, []
         for name in gather_names(names):
             if name not in self.counters.files_left_out:
                 self.counters.files_left_out.append(name)
                 self.monitor.say(f"{name} does not decode and is left out", self.counters.step)
 
-    def _log(self, done: int) -> None:
-        counters, log = self.counters, self.recipe.log
+    def _log(self) -> None:
+        """Measure what TensorBoard is to show of this step, if anything, into `record`, by group and name.
+
+        A checkpoint has it too, so that a run which goes on from there shows the same.
+        """
+        counters, log, steps = self.counters, self.recipe.log, self.tally.recent_steps
+        self.record = {}
         self.monitor.advance(counters.step)
-        self.recent_steps += 1
-        if counters.step % log.steps and done < self.steps_per_epoch:
+        if counters.step % log.steps and counters.step_in_epoch < self.steps_per_epoch:
             return
-        losses = self._means(self.recent_losses, self.recent_steps)
+        losses = self.tally.take_recent()
         reports = self.tokenizer.report(self._progress())
+        self._check_processes()
         seconds = time.monotonic() - self.logged_at
         if self.main:
-            share = float(usage(self.epoch_counts)) if self.epoch_counts.any() else None
+            share = float(usage(self.tally.counts)) if self.tally.counts.any() else None
             self.monitor.show(self.stage, counters.step, losses, share)
-            self.monitor.scalars(losses, counters.step, "loss")
-            speed = self.recent_steps * self.recipe.data.batch_size / seconds
-            train = {"learning_rate": self.rate, "images_per_second": speed, **memory(self.device)}
-            self.monitor.scalars(train, counters.step, "train")
-            if share is not None:
-                self.monitor.scalars(self._ages(), counters.step, "codes")
-            self.monitor.scalars(reports, counters.step, "report")
-            if counters.step % log.steps == 0:  # a change means something over equal intervals only
-                self.monitor.scalars(self.drift.measure(self.tokenizer), counters.step, "drift")
-        self.recent_losses, self.recent_steps, self.logged_at = {}, 0, time.monotonic()
+            speed = steps * self.recipe.data.batch_size / seconds
+            groups = {
+                "loss": losses,
+                "train": {"learning_rate": self.rate, "images_per_second": speed, **memory(self.device)},
+                "codes": {} if share is None else self._ages(),
+                "report": reports,
+                # a change means something over equal intervals only
+                "drift": {} if counters.step % log.steps else self.drift.measure(self.tokenizer),
+            }
+            self.record = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
+        self.logged_at = time.monotonic()
+
+    def _write_record(self) -> None:
+        self.monitor.scalars(self.record, self.counters.step)
+
+    def _write_record_again(self) -> None:
+        """Show what was to be shown of the step at which a checkpoint was taken, unless the epoch's end has been, too."""
+        if self.counters.step_in_epoch:
+            self._write_record()
+
+    def _anew(self) -> int:
+        """Return the first step of which TensorBoard shall show what is written from now on, and not what was before."""
+        counters = self.counters
+        return counters.step + (1 if counters.step and not counters.step_in_epoch else 0)
+
+    def _check_processes(self) -> None:
+        """Raise PluginError if the codebook, or what plugins keep, is not bit for bit the same on all processes."""
+        tokenizer = self.tokenizer
+        parts = {"codebook": tokenizer.codebook, "plugins": tokenizer.plugins}
+        tensors = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+        if unequal := differing(tensors):
+            hooks = ", ".join(tokenizer.hooks.providers("refresh_codes")) or "nobody"
+            raise PluginError(f"{', '.join(unequal)}: not the same on all {self.processes} processes; what changes it must do "
+                              "the same on each, by its generator and global statistics alone (refresh_codes is served by "
+                              f"{hooks})")
 
     def _ages(self) -> dict[str, float]:
         """Return the mean age of the codes, and the share of those older than an epoch.
@@ -562,13 +725,15 @@ class Trainer:
 
     def _report_epoch(self) -> None:
         """Write the epoch's usage, and from time to time the metrics and pictures of held-out images."""
-        counters, recipe = self.counters, self.recipe
+        counters, recipe, tally = self.counters, self.recipe, self.tally
         step, epoch = counters.step, counters.epoch + 1
-        if self.epoch_counts.any():
-            codes = {"usage": float(usage(self.epoch_counts)), "perplexity": float(perplexity(self.epoch_counts)),
-                     "replaced": int(self.replaced)}
+        self._report_bad()
+        if tally.counts.any():
+            codes = {"usage": float(usage(tally.counts)), "perplexity": float(perplexity(tally.counts)),
+                     "replaced": int(tally.replaced)}
             self.monitor.scalars(codes, step, "codes")
-            self.monitor.codes(self.epoch_counts, self.code_ages, step)
+            self.monitor.codes(tally.counts, self.code_ages, step)
+            self._warn_of_collapse(codes["usage"])
         if epoch % recipe.evaluate.epochs and epoch != recipe.epochs:
             return
         found, images = self._evaluate(recipe.evaluate.images), recipe.evaluate.images
@@ -577,12 +742,40 @@ class Trainer:
         self.monitor.scalars(found.metrics, step, "held_out")
         self._keep_best(found.metrics)
         if self.main and epoch < recipe.epochs:  # the last pictures are made at the end
-            self._show_pictures()
+            self.pictures.show(self.averaged(), self.monitor, step)
+
+    def _warn_of_collapse(self, share: float) -> None:
+        """Say so when an epoch uses few of the codes that its latents could have reached, and did not before."""
+        codes, assigned = self.tokenizer.codebook.size, int(self.tally.counts.sum())
+        reached = share / min(1.0, assigned / codes)
+        low, before = reached < self.recipe.log.collapse, self.counters.collapsed
+        self.counters.collapsed = low
+        if low and not before:
+            self.monitor.say(
+                f"the codebook collapses: this epoch used {share:.2%} of {codes:,} codes, {reached:.1%} of what its "
+                f"{assigned:,} tokens could (log.collapse: {self.recipe.log.collapse:g}). What helps: a plugin that renews "
+                "dead codes (refresh_codes) or starts them from data (enter_stage; `vqzoo plugins` says who does), a loss on "
+                "codes that do not win, a smaller codebook.width, a lower rate for the encoder (optim.scale), a later stage "
+                "that freezes it", self.counters.step)
 
     def _evaluate(self, limit: int | None = None) -> Result:
-        batches = eval_batches(self.recipe.data, self.val_data, self.accelerator.process_index,
-                               self.accelerator.num_processes, limit)
-        return self.evaluator.tokenizer(self._averaged(), batches, stamp(self.val_data, limit))
+        batches = eval_batches(self.recipe.data, self.val_data, self.rank, self.processes, limit)
+        return self.evaluator.tokenizer(self.averaged(), self._heedful(batches, limit), stamp(self.val_data, limit))
+
+    def _heedful(self, batches: Iterator[Batch], limit: int | None) -> Iterable[Batch]:
+        """Return held-out batches between which a signal is heard; all processes listen equally often, whatever they have."""
+        if isinstance(self.val_data, StreamDataset):
+            return batches
+        images = len(self.val_data) if limit is None else min(limit, len(self.val_data))
+        rounds = -(-images // (self.recipe.data.eval_batch_size * self.processes))
+
+        def heeded() -> Iterator[Batch]:
+            for _ in range(rounds):
+                self._stop_if_asked()
+                if (batch := next(batches, None)) is not None:
+                    yield batch
+
+        return heeded()
 
     def _keep_best(self, metrics: dict[str, float]) -> None:
         """Export the tokenizer to `best` if it is better than at any evaluation before; the last is what is reported."""
@@ -595,9 +788,9 @@ class Trainer:
         self.counters.best = {"metric": chosen, "value": value, "step": self.counters.step,
                               "epoch": self.counters.epoch + 1, "images": metrics["images"]}
         if self.main:
-            self._averaged().save_pretrained(self.out / "best")
+            self.averaged().save_pretrained(self.out / "best")
 
-    def _picture_before(self, names: list[str]) -> None:
+    def _note_losses(self, names: list[str]) -> None:
         """Keep the pictures as they are when a loss joins: the adversarial one, above all.
 
         Until the stage ends, a loss is thought to be there even in steps that do without.
@@ -605,69 +798,42 @@ class Trainer:
         counters = self.counters
         joined = [name for name in names if name not in counters.losses] if counters.losses else []
         if not counters.step_in_stage:
-            self.pictures_before = {name: picture for name, picture in self.pictures_before.items() if name in names}
+            self.pictures.forget_all_but(names)
             counters.losses = []
         if joined:
             self.guard.check()
-            before = self._reconstructions()
-            self.pictures_before |= {name: before for name in joined}
+            self.pictures.keep_before(joined, self.averaged())
         counters.losses = list(dict.fromkeys([*counters.losses, *names]))
-
-    @torch.no_grad()
-    def _reconstructions(self) -> Tensor:
-        """Return what the averaged weights make of the pictured images."""
-        average, mode = self._averaged(), self.ema.training
-        reconstructions = average.eval()(self.pictured).reconstructions
-        average.train(mode)
-        return reconstructions
-
-    def _show_pictures(self) -> Tensor:
-        """Write the panel of images and reconstructions, which is returned, and one that compares with before a loss joined."""
-        now, step = self._reconstructions(), self.counters.step
-        picture = panel(self.pictured, now)
-        self.monitor.picture("reconstructions", picture, step)
-        for name, before in self.pictures_before.items():
-            self.monitor.picture(f"image_before_now/{name}", panel(self.pictured, before, now), step)
-        return picture
 
     # ---- what is kept
 
     def _save(self) -> None:
-        if self.main:
-            self._take_moments()
-            tensors = {
-                "tokenizer": self.tokenizer.state_dict(),
-                "average": self._averaged().state_dict(),
-                "optimizer": flat(self.moments),
-                "codes": {"age": self.code_ages},
-                "pictures_before": self.pictures_before,
-            }
-            if self.discriminator is not None:
-                tensors["discriminator"] = self.discriminator.state_dict()
-                tensors["discriminator_optimizer"] = flat(self.discriminator_moments)
-            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-            state = {"counters": vars(self.counters), "scaler": scaler, "versions": versions(list(self.recipe.plugins))}
-            folder = self.out / "checkpoints"
-            checkpoint.save(folder, self.counters.step, tensors, state, self.recipe.checkpoint.keep)
-        self.accelerator.wait_for_everyone()
+        """Have everything that the run is made of written; training waits for the copy to the host alone."""
+        counters = self.counters
+        if self.saved_step == counters.step:
+            return
+        self.guard.check()
+        self._report_bad()
+        self._report_unsaved()
+        tally = self.tally.tensors()
+        self.saved_step = counters.step
+        if not self.main:
+            return
+        self.monitor.flush()  # what was shown up to here must not be lost with what follows
+        counters.seconds = time.monotonic() - self.began
+        self._take_moments()
+        keep, best = self.recipe.checkpoint.keep, counters.best.get("step") if self.recipe.checkpoint.keep_best else None
+        self.writer.save(state.tensors(self, tally), state.manifest(self), keep, best)
 
-    def _restore(self, path: Path) -> None:
-        tensors, state = checkpoint.load(path)
-        try:
-            self.counters = Counters(**state["counters"])
-            self.code_ages = tensors["codes"]["age"].to(self.device)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: its state is not of this version of vqzoo: {error}") from error
-        self.tokenizer.load_state_dict(tensors["tokenizer"])
-        if self.ema is not self.tokenizer:
-            self.ema.load_state_dict(tensors["average"])
-        self.moments = nested(tensors["optimizer"])
-        if self.discriminator is not None:
-            self.discriminator.load_state_dict(tensors["discriminator"])
-            self.discriminator_moments = nested(tensors["discriminator_optimizer"])
-        self.pictures_before = {name: x.to(self.device) for name, x in tensors["pictures_before"].items()}
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+    def _report_unsaved(self, end: bool = False) -> None:
+        """Say that a checkpoint could not be written: training goes on, but a run does not end as if all were well."""
+        error = self.writer.take_error()
+        if error is None:
+            return
+        said = f"a checkpoint could not be written: {error}; those before it are whole"
+        if end:
+            raise StorageError(f"{self.folder.checkpoints}: {said}")
+        self.monitor.say(f"{said}, the next is tried when it is due", self.counters.step)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate on all held-out images, and leave metrics.json, the picture and the exported tokenizer."""
@@ -684,7 +850,8 @@ class Trainer:
             "run": {
                 "step": counters.step, "epoch": counters.epoch, "stage": self.stage, "transitions": counters.transitions,
                 "images_per_second": seen / counters.seconds, "seconds": counters.seconds,
-                "files_left_out": counters.files_left_out, "best": counters.best, "finished": True,
+                "files_left_out": counters.files_left_out, "best": counters.best, "rollbacks": counters.rollbacks,
+                "finished": True,
             },
             "card": card(
                 self.evaluator, found,
@@ -696,15 +863,25 @@ class Trainer:
                 versions=versions_of_metrics() | versions(list(recipe.plugins)),
             ),
         }
+        self.writer.wait()
+        self._report_unsaved()
         if self.main:
-            checkpoint.write_text(self.out / "metrics.json", to_json(result))
-            save_picture(self._show_pictures(), self.out / "reconstructions.png")
-            self._averaged().save_pretrained(self.out / "tokenizer")
+            self._write_results(result)
             self.monitor.scalars(found.metrics, counters.step, "final")
             for images, share in found.usage_curve:  # the axis is images, not steps
                 self.monitor.scalars({"usage_against_images": share}, images, "final")
         self.accelerator.wait_for_everyone()
         return result
+
+    def _write_results(self, result: dict[str, Any]) -> None:
+        try:
+            picture = self.pictures.show(self.averaged(), self.monitor, self.counters.step)
+            save_picture(picture, self.out / "reconstructions.png")
+            self.averaged().save_pretrained(self.out / "tokenizer")
+            checkpoint.write_text(self.out / "metrics.json", to_json(result))
+        except OSError as error:
+            raise StorageError(f"{self.out}: the results cannot be written ({error}); with room, --resume auto makes "
+                               "them") from error
 
 
 def merge_losses(*found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -738,6 +915,13 @@ def _after(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
 def _joined(parts: list[Tensor]) -> Tensor:
     """Join [b, N, ...] of all micro-batches and processes, in sample order, into [M, ...]."""
     return torch.cat([gather_rows(part.detach().flatten(0, 1)) for part in parts])
+
+
+def _seed_everything(seed: int) -> None:
+    """Make all that draws at random a function of one seed, so that a run which goes on draws as it would have."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _mix(*numbers: int) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import socket
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,7 @@ def _timeout() -> Iterator[None]:
 
 def read_weights(file: Path, key: str) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors file, or of a state dict saved by torch; nothing in it is executed."""
+    refuse_bomb(file, key)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -158,6 +160,20 @@ def read_weights(file: Path, key: str) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{key}: {file} holds no state dict, which maps names to tensors")
     return found
+
+
+def refuse_bomb(file: Path, key: str) -> None:
+    """Raise UserError for an archive that unpacks to more than its own size, as none does that torch or NumPy saved."""
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+    except Exception as error:  # whatever is wrong with it
+        raise UserError(f"{key}: {file} cannot be read as an archive: {error}") from error
+    if size > file.stat().st_size:
+        raise UserError(f"{key}: {file} has {file.stat().st_size:,} bytes and would unpack to {size:,}, which may be a "
+                        "decompression bomb; if you trust it, save its tensors again without compression")
 
 
 def manage(action: str, names: list[str], place: str | None = None) -> None:

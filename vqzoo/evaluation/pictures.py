@@ -1,14 +1,15 @@
 """Folders of pictures that any tool made: reconstructions, paired with their images by name, and samples."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from vqzoo.data import DataConfig, Folder, ImageDataset, decode, from_image
+from vqzoo.data import DataConfig, Folder, ImageDataset, decode, from_image, read
 from vqzoo.errors import UserError
 from vqzoo.evaluation.protocols import CROPS, Protocol
 
@@ -54,17 +55,17 @@ class PairedFolders(Dataset):
                 processes: int = 1) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield images and reconstructions [b, 3, H, W] of one size, and their positions [b]; names it leaves out are added."""
         mine = range(process, len(self), processes)
-        loader = DataLoader(self, sampler=mine, batch_size=None, num_workers=min(workers, len(mine)))
         held: list[tuple[Tensor, Tensor, int]] = []
-        for image, made, index, fitted in loader:
-            if image is None:
-                left_out.append(self.stems[index])
-                continue
-            self.fitted += [self.stems[index]] * fitted
-            if held and (len(held) == size or held[0][0].shape != image.shape):
-                yield _stacked(held)
-                held = []
-            held.append((image, made, int(index)))
+        with closing(read(self, min(workers, len(mine)), sampler=mine, batch_size=None)) as pairs:
+            for image, made, index, fitted in pairs:
+                if image is None:
+                    left_out.append(self.stems[index])
+                    continue
+                self.fitted += [self.stems[index]] * fitted
+                if held and (len(held) == size or held[0][0].shape != image.shape):
+                    yield _stacked(held)
+                    held = []
+                held.append((image, made, int(index)))
         if held:
             yield _stacked(held)
 
@@ -75,8 +76,13 @@ def sample_folder(root: Path, key: str, resolution: list[int] | None, protocol: 
     if resolution is None:
         sizes: dict[tuple[int, int], str] = {}
         for name in folder.names:
-            with Image.open(root / name) as picture:
-                sizes.setdefault(picture.size, name)
+            try:
+                with Image.open(root / name) as picture:
+                    sizes.setdefault(picture.size, name)
+            except Exception:  # what does not decode is left out by name when it is read
+                continue
+        if not sizes:
+            raise UserError(f"{root}: none of its {len(folder)} pictures can be read")
         if len(sizes) > 1:
             said = ", ".join(f"{name} {width}x{height}" for (width, height), name in list(sizes.items())[:3])
             raise UserError(f"{root}: samples are of {len(sizes)} sizes ({said}); a reference set is compared at one")

@@ -16,6 +16,7 @@ from vqzoo.evaluation.protocols import Protocol
 from vqzoo.ops import broadcast
 
 PARTS = ("count", "sum", "products")
+LARGEST = 2**26  # bytes; sigma has half of that
 
 
 def folder() -> Path:
@@ -60,6 +61,8 @@ def published(path: str) -> Moments:
     """Read the `mu` and `sigma` of an .npz file, as reference sets of generative models are published."""
     try:
         with np.load(path, allow_pickle=False) as file:
+            if any(file.zip.getinfo(f"{name}.npy").file_size > LARGEST for name in ("mu", "sigma")):
+                raise ValueError("mu and sigma are far larger than Inception's (decompression bomb)")
             mean, covariance = (torch.from_numpy(np.asarray(file[name], dtype=np.float64)) for name in ("mu", "sigma"))
     except Exception as error:  # whatever NumPy makes of a file that is something else
         raise UserError(f"--data: {path} is no .npz file with mu and sigma: {error}") from error
