@@ -5,7 +5,9 @@ As a script this is the vqzoo command line with these plugins installed, which i
 
 import functools
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -18,7 +20,8 @@ from torch import nn
 
 from vqzoo import Plugin, Quantized, hookimpl, manager
 
-CLASSES = {"probe": "Probe", "adversary": "Adversary", "idle": "Idle", "recorder": "Recorder", "rival": "Rival"}
+CLASSES = {"probe": "Probe", "adversary": "Adversary", "idle": "Idle", "recorder": "Recorder", "rival": "Rival",
+           "sleeper": "Sleeper"}
 
 
 @functools.cache
@@ -127,17 +130,21 @@ class Idle(Plugin):
 
 
 class Recorder(Plugin):
-    """Write down what each process sees at each step; poison the loss of one process at one step."""
+    """Write down what each process sees at each step; poison the loss of one process at one step, or kill it there."""
 
     @dataclass
     class Config:
         folder: str = "."
         poisoned_rank: int = -1
         poisoned_step: int = -1
+        dying_rank: int = -1
+        dying_step: int = -1
 
     @hookimpl(wrapper=True)
     def reconstruction_loss(self, progress):
         losses = yield
+        if (rank(), progress.step) == (self.config.dying_rank, self.config.dying_step):
+            os.kill(os.getpid(), signal.SIGKILL)
         if (rank(), progress.step) == (self.config.poisoned_rank, self.config.poisoned_step):
             losses[0]["l1"] = losses[0]["l1"] * torch.nan
         return losses
@@ -151,6 +158,21 @@ class Recorder(Plugin):
 
     def path(self, step):
         return Path(self.config.folder) / f"rank{rank()}_step{step}.safetensors"
+
+
+class Sleeper(Plugin):
+    """Stand still in one step, as a process does that waits for another."""
+
+    @dataclass
+    class Config:
+        step: int = -1
+        seconds: float = 60.0
+
+    @hookimpl
+    def refresh_codes(self, progress):
+        if progress.step == self.config.step:
+            print("asleep", file=sys.stderr, flush=True)
+            time.sleep(self.config.seconds)
 
 
 def rank() -> int:

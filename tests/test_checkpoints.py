@@ -125,7 +125,7 @@ def test_a_writer_holds_up_the_caller_for_the_copy_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.fault(3)
-def test_a_process_killed_while_it_writes_leaves_the_one_before(tmp_path, recipe, stopped):
+def test_a_process_killed_while_it_writes_leaves_the_one_before(recipe, stopped, capsys):
     script = ("import os, signal, sys, torch\nfrom pathlib import Path\nfrom vqzoo import checkpoint\n"
               "checkpoint._rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
               "tensors = {'tokenizer': {'a': torch.zeros(9)}}\n"
@@ -136,6 +136,7 @@ def test_a_process_killed_while_it_writes_leaves_the_one_before(tmp_path, recipe
     assert (stopped / "checkpoints" / ".partial_step_000000005" / "tokenizer.safetensors").exists()
     assert steps(stopped) == [4, 2]
     run(recipe(MORE), stopped, resume="auto")
+    assert ".partial_step_000000005: was never finished; it is passed over" in capsys.readouterr().err
     assert not list((stopped / "checkpoints").glob(".*"))
 
 

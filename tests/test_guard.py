@@ -1,7 +1,10 @@
 """Bad updates: what is not finite, and spikes, stay out of the weights; the run stops, skips or rolls back, with evidence."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -302,3 +305,30 @@ def test_only_shortages_are_taken_for_shortages():
     assert memory.is_shortage(RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"))
     assert not memory.is_shortage(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert Probe.listeners == {}
+
+
+SHORT = """
+import resource, sys
+import vqzoo.trainer
+from vqzoo import cli
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.fault(24)
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize("backend", ["eager", "chunked"])
+def test_in_little_memory_a_huge_codebook_trains_in_chunks_or_ends_in_advice(small_photos, tmp_path, backend):
+    text = VQ.replace("ROOT", str(small_photos)).replace(", probe: {}", "")
+    (tmp_path / "recipe.yaml").write_text(text)
+    huge = ["codebook.size=262144", "codebook.width=4", f"ops.backend={backend}", "epochs=1", "ema=0", "data.batch_size=16"]
+    command = [sys.executable, "-c", SHORT, "run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), *huge]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    if backend == "chunked":
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "vqzoo: OutOfMemory: step 0 (epoch 0, stage 'train'): out of memory: " in done.stderr
+    assert "largest: " in done.stderr and "by ops.backend eager" in done.stderr and "ops.backend=chunked" in done.stderr

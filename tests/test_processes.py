@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_training import COMMON, assert_equal_up_to_rounding, checkpoint_at, events
 
+from vqzoo import checkpoint
 from vqzoo.cli import main
 from vqzoo.recipe import load_recipe
 from vqzoo.trainer import Trainer
@@ -185,6 +186,16 @@ def test_an_adaptive_regularised_discriminator_in_bf16_leaves_both_processes_equ
     for name in ("loss/adversarial", "loss/lecam", "loss/r1", "loss/gradient_penalty", "report/adversarial_weight"):
         assert all(math.isfinite(e.value) for e in found.Scalars(name)), name
     assert found.Scalars("report/adversarial_weight")[-1].value > 0
+
+
+@pytest.mark.fault(40)
+def test_a_process_that_is_lost_ends_the_other_with_advice(runs, tmp_path):
+    dying = ["plugins.recorder.dying_rank=1", "plugins.recorder.dying_step=2", f"plugins.recorder.folder={tmp_path}"]
+    (first, said), (second, _) = ranks(["run", str(runs.recipe), *OVERRIDES, *dying, "--out", str(tmp_path / "run")])
+    assert (first, second) == (1, -9), said
+    assert "LostError: step 2 (epoch 2, stage 'warm-up'): a device or another process is lost: " in said
+    assert "the checkpoint of step 2 is whole" in said and "--resume auto" in said
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / "step_000000002")
 
 
 def test_a_mistake_ends_both_processes_with_status_2(runs):

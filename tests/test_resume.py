@@ -2,9 +2,12 @@
 
 import functools
 import json
+import random
 import signal
 
+import numpy as np
 import pytest
+import torch
 from test_training import COMMON, Stop, checkpoint_at, events, exported, run, unequal
 
 from vqzoo import checkpoint
@@ -155,6 +158,28 @@ def interrupt(recipe, listeners, monkeypatch):
         return caught.value
 
     return until
+
+
+@pytest.mark.fault(15)
+def test_what_is_drawn_at_random_does_not_depend_on_where_a_run_began(recipe, listeners, tmp_path):
+    drawn = {}
+
+    def draw(name):
+        def listener(progress, **_):
+            if progress is not None:
+                numbers = torch.rand(1).item(), np.random.rand(), random.random()
+                drawn.setdefault(name, {}).setdefault((progress.step, progress.epoch), []).append(numbers)
+
+        return listener
+
+    listeners["quantize"] = draw("whole")
+    run(recipe(METHODS["vq"]), tmp_path / "whole")
+    job = Trainer(recipe(METHODS["vq"]), tmp_path / "run", resume=str(tmp_path / "whole" / "checkpoints" / "step_000000004"))
+    torch.rand(7), np.random.rand(7), random.random()
+    drawn["resumed"], listeners["quantize"] = {}, draw("resumed")
+    job.run()
+    assert len(drawn["resumed"]) == 8
+    assert all(numbers == drawn["whole"][step] for step, numbers in drawn["resumed"].items() if step[0] > 0)
 
 
 @pytest.mark.fault(1, 2)

@@ -109,7 +109,7 @@ def test_a_discriminator_that_is_not_finite_stops_both_networks(recipe, tmp_path
         return original(images, outputs, progress)
 
     monkeypatch.setattr(job, "_discriminator_step", step)
-    with pytest.raises(NonFiniteError, match="^step 3 .*loss 'discriminator' .*loss 'lecam' .* is not .*; the discriminator was"):
+    with pytest.raises(NonFiniteError, match="^step 3 .*loss 'discriminator' .*'lecam' .* is not .*; the discriminator was"):
         job.run()
     after = tensors(job)
     moved = [name for name in after if not torch.equal(found[0][name], after[name])]

@@ -1,4 +1,4 @@
-"""Two real processes stop, go on, change their number, disagree and fail together; one launch does all of it."""
+"""Two real processes, as on two machines, stop, go on, change their number, disagree and fail together, in one launch."""
 
 import json
 import shutil
@@ -51,11 +51,24 @@ class Launched:
         self.stop("widened", 2)
         self.stop("locked", 1)
         shutil.copytree(folder / "widened", folder / "one_stopped")
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={PROCESSES}", "--master_addr=127.0.0.1",
-                   f"--master_port={free_port()}", str(Path(__file__).with_name("scenarios.py")), str(folder)]
         with FileLock(folder / "locked" / ".lock"):
-            self.done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LONGEST)
-        assert self.done.returncode == 0, self.done.stderr[-5000:]
+            self.said = self.launch()
+
+    def launch(self):
+        """Start as many launchers as there are processes, each of which thinks that it is on a machine of its own."""
+        port, started = free_port(), []
+        for machine in range(PROCESSES):
+            launcher = ["torch.distributed.run", f"--nnodes={PROCESSES}", "--nproc_per_node=1", f"--node_rank={machine}",
+                        "--master_addr=127.0.0.1", f"--master_port={port}"]
+            command = [sys.executable, "-m", *launcher, str(Path(__file__).with_name("scenarios.py")), str(self.folder)]
+            started.append(subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True))
+        try:
+            said = [process.communicate(timeout=LONGEST)[1] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        assert [process.returncode for process in started] == PROCESSES * [0], said[0][-5000:] + said[1][-5000:]
+        return said[0]
 
     def recipe(self, name, *overrides):
         return load_recipe(str(self.folder / f"{name}.yaml"), list(overrides))
@@ -102,7 +115,7 @@ def test_two_processes_go_on_bit_for_bit(launched):
 @pytest.mark.fault(11)
 def test_two_processes_go_on_with_what_one_began(launched):
     assert [ended["type"] for ended in launched.ended("widened")] == 2 * [None]
-    assert "1 processes wrote it and 2 go on: the same 8 images a step" in launched.done.stderr
+    assert "1 processes wrote it and 2 go on: the same 8 images a step" in launched.said
     compare_with_one(launched, "widened")
 
 

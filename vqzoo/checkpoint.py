@@ -93,6 +93,11 @@ def complete(folder: Path) -> Iterator[tuple[int, Path]]:
     yield from ((step, path) for step, _, path in sorted(found, reverse=True))
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """Return what is left of checkpoints whose writing was cut off; the next one that is written clears it away."""
+    return sorted(folder.glob(".partial_step_*")) if folder.is_dir() else []
+
+
 def damaged(folder: Path) -> list[str]:
     """Return what is wrong with each folder that was a checkpoint; strangers' files are none."""
     problems = []

@@ -9,7 +9,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from vqzoo.errors import DataError, Interrupted, NonFiniteError, OutOfMemory, PluginError, StorageError, UserError
+from vqzoo.errors import DataError, Interrupted, LostError, NonFiniteError, OutOfMemory, PluginError, StorageError, UserError
 
 NEXT = """next:
   tensorboard --logdir {out}/tensorboard
@@ -28,7 +28,7 @@ environment VQZOO_WEIGHTS, the folder of published weights; VQZOO_CACHE, that of
             VQZOO_OFFLINE=1 for no download at all
 """
 
-FAILURES = (DataError, NonFiniteError, OutOfMemory, PluginError, StorageError)
+FAILURES = (DataError, LostError, NonFiniteError, OutOfMemory, PluginError, StorageError)
 """What ends a command with status 1 and needs no traceback to be understood."""
 
 NO_NAME = ("", ".", "..", "__metadata__")

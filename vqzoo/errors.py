@@ -42,6 +42,10 @@ class StorageError(Exception):
     """What must be kept cannot be written: the text names the file, the reason and what is safe all the same."""
 
 
+class LostError(Exception):
+    """A device or another process is gone in the middle of a run: the text says what was kept and how to go on."""
+
+
 class OutOfMemory(Exception):
     """Memory is short: the text says which part is predicted to need how much, and which keys make it smaller."""
 

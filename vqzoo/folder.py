@@ -99,15 +99,17 @@ class RunFolder:
     def _newest(self) -> Start:
         """Go on from the newest checkpoint that is whole; a UserError if there are some and none is."""
         problems = checkpoint.damaged(self.checkpoints)
+        cut_off = [f"{path}: was never finished; it is passed over" for path in checkpoint.unfinished(self.checkpoints)]
         for path in (path for _, path in checkpoint.complete(self.checkpoints)):
             try:
-                return Start(path, checkpoint.verify(path), [f"{problem}; it is passed over" for problem in problems])
+                manifest = checkpoint.verify(path)
+                return Start(path, manifest, [*(f"{problem}; it is passed over" for problem in problems), *cut_off])
             except UserError as error:
                 problems.append(str(error))
         if problems:
             raise UserError(f"--resume: {self.checkpoints} holds no checkpoint that is whole:\n  " + "\n  ".join(problems)
                             + "\nmend one, or begin anew in another folder")
-        return Start()
+        return Start(notes=cut_off)
 
     def _changes(self, manifest: dict[str, Any], recipe: Recipe) -> list[str]:
         """Return what differs from a checkpoint's recipe and plugins, in words; a UserError if that may matter."""

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from vqzoo.ops import plan
+from vqzoo.ops import plan, use
 from vqzoo.plugin import Progress
 from vqzoo.prepare import tokens
 from vqzoo.recipe import Recipe
@@ -54,8 +54,9 @@ def advice(recipe: Recipe, tokenizer: Tokenizer, accelerator: Accelerator, error
     said = str(error).partition("\n")[0] or type(error).__name__
     parts, codebook = {}, tokenizer.codebook
     try:
-        plans = plan(accelerator.device, tokens(recipe, accelerator), codebook.size, codebook.width)
-        parts |= {f"{one.operation} by ops.backend {one.backend}": one.bytes for one in plans}
+        with use(recipe.ops.backend, recipe.ops.precision):
+            plans = plan(accelerator.device, tokens(recipe, accelerator), codebook.size, codebook.width)
+        parts |= {f"{one.operation} by ops.backend {one.backend}, where a plugin uses it": one.bytes for one in plans}
         predicted = predict_memory(tokenizer, recipe, accelerator.num_processes)
         parts |= {"activations of a micro-batch": predicted.activations,
                   "weights, gradients, moments and average": predicted.states}

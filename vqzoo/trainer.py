@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vqzoo import checkpoint, state
 from vqzoo.data import Batch, StreamDataset, content, eval_batches, stamp, to_images, train_batches
-from vqzoo.errors import DataError, Interrupted, NonFiniteError, OutOfMemory, PluginError, StorageError, UserError
+from vqzoo.errors import DataError, Interrupted, LostError, NonFiniteError, OutOfMemory, PluginError, StorageError, UserError
 from vqzoo.evaluation import better
 from vqzoo.evaluation.evaluate import Result
 from vqzoo.evaluation.report import card, data_card, hardware, to_json, versions_of_metrics
@@ -47,6 +47,9 @@ ASYNCHRONOUS = ("cuda",)
 
 ASKED = 64
 """Processes that ask one another in each step whether to stop; of twice as many, it is every second step, and so on."""
+
+LOST = ("CUDA error", "NCCL", "ncclSystemError", "Gloo", "gloo", "Connection closed by peer", "Connection reset by peer")
+"""Words in the errors of devices and processes that are gone."""
 
 UNREADABLE = 255
 """The wish to stop, beyond all signals' numbers, of a process that cannot read its images."""
@@ -138,9 +141,16 @@ class Trainer:
         except PluginError as error:
             raise PluginError(f"{self._where()}: {error}") from error
         except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
-                raise
-            raise OutOfMemory(f"{self._where()}: {advice(self.recipe, self.tokenizer, self.accelerator, error)}") from error
+            if is_shortage(error):
+                said = advice(self.recipe, self.tokenizer, self.accelerator, error)
+                raise OutOfMemory(f"{self._where()}: {said}") from error
+            if any(word in str(error) for word in LOST):
+                self.writer.wait()
+                step = next((step for step, _ in checkpoint.complete(self.folder.checkpoints)), None)
+                kept = "there was no checkpoint yet" if step is None else f"the checkpoint of step {step} is whole"
+                raise LostError(f"{self._where()}: a device or another process is lost: {str(error).partition(chr(10))[0]}; "
+                                f"{kept}; look at what the other processes said, then go on with --resume auto") from error
+            raise
         finally:
             self.monitor.close()
             self.train_batches.close()
