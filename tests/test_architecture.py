@@ -26,8 +26,8 @@ HOOKS = [hook.name for hook in all_hooks(make_manager({}))]
 LAYERS = (
     "errors", "weights", "lpips", "plugin", "codebook", "ops", "hookspecs", "caller", "manager", "answers", "networks",
     "features", "discriminators", "data", "evaluation", "recipe",
-    "tokenizer", "monitor", "pictures", "checkpoint", "folder", "interrupt", "stage", "guard", "tally", "state", "prepare",
-    "memory", "trainer", "explain", "scoring", "cli", "__main__",
+    "tokenizer", "monitor", "sharding", "pictures", "checkpoint", "folder", "interrupt", "stage", "guard", "tally", "state",
+    "prepare", "memory", "trainer", "explain", "scoring", "cli", "__main__",
 )
 """The modules of vqzoo from the ground up: each imports only from those before it."""
 

@@ -285,7 +285,7 @@ def test_a_run_told_to_stop_that_cannot_save_says_so(recipe, tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoint, "save", full)
     listeners["quantize"] = at(1, lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(StorageError, match="a checkpoint could not be written: .*No space left"):
+    with pytest.raises(StorageError, match="the last checkpoint could not be written: .*No space left"):
         run(recipe(MORE), tmp_path / "run")
 
 

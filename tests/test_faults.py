@@ -1,10 +1,9 @@
-"""Forty ways in which a run can fail, and what is expected of each; every one is tested, or it says here why not.
+"""Forty ways in which a run can fail, and what is expected of each; every one is tested.
 
 A test marked `@pytest.mark.fault(N)` is a test of fault N; pytest -m fault runs them all.
 """
 
 import ast
-import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -55,11 +54,13 @@ FAULTS = {
 }
 """What is expected, by number."""
 
-ELSEWHERE: dict[int, str] = {}
-"""Faults without a test, and why."""
-
-PENDING = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 24, 28, 33, 34, 35, 38, 40}
-"""Faults whose tests are being written."""
+UNSEEN = {
+    19: "that the scaler lowers its scale takes a GPU; the skips and their limit are simulated",
+    25: "the index agreement of fp16 is measured on a CPU, training in it takes a GPU",
+    36: "rFID of the identity takes the published weights of Inception, and is skipped where they are not",
+    40: "no GPU is lost in a test, but a process is",
+}
+"""What of a fault no test on a CPU sees."""
 
 
 def marked():
@@ -75,12 +76,9 @@ def marked():
     return found
 
 
-def test_every_fault_is_tested_or_says_why_not():
+def test_every_fault_is_tested():
     found = set(marked())
     assert list(FAULTS) == list(range(1, 41))
     assert not found - set(FAULTS), f"no such fault: {found - set(FAULTS)}"
-    assert set(ELSEWHERE) <= set(FAULTS) and not found & set(ELSEWHERE), f"tested after all: {found & set(ELSEWHERE)}"
-    missing = set(FAULTS) - found - set(ELSEWHERE)
-    assert missing <= PENDING, f"neither tested nor explained: {sorted(missing - PENDING)}"
-    if missing:
-        warnings.warn(f"faults whose tests are still being written: {sorted(missing)}", stacklevel=1)
+    assert set(UNSEEN) <= set(FAULTS)
+    assert not set(FAULTS) - found, f"not tested: {sorted(set(FAULTS) - found)}"

@@ -439,6 +439,7 @@ def average_by_hand(decay):
     return follow
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("skipped", [set(), {1, 2, 5}], ids=["no skips", "skips"])
 def test_average_schedule_refresh_and_steps_wait_for_skipped_steps(recipe, tmp_path, listeners, monkeypatch, skipped):
     calls = itertools.count()
@@ -468,6 +469,7 @@ def test_average_schedule_refresh_and_steps_wait_for_skipped_steps(recipe, tmp_p
     assert rates == pytest.approx([2e-3 * (1 - n / 6) for n in range(6)])
 
 
+@pytest.mark.fault(19)
 def test_too_many_skipped_steps_stop_the_run(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "MOST_SKIPPED", 3)
     monkeypatch.setattr(AcceleratedOptimizer, "step", lambda self, closure=None: None)

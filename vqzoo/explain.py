@@ -23,6 +23,7 @@ def explain(recipe: Recipe) -> str:
     grid = (height // recipe.encoder.stride, width // recipe.encoder.stride)
     lines = [
         f"data        {_length(train)} training and {_length(val)} held-out images, {height}x{width} pixels",
+        *(f"            {note}" for note in (*train.notes, *val.notes)),
         f"tokens      {grid[0]}x{grid[1]} = {grid[0] * grid[1]} per image (stride {recipe.encoder.stride})",
         f"codebook    {type(codebook).__name__}, {codebook.size:,} codes of width {codebook.width}",
         f"parameters  encoder {_parameters(tokenizer.encoder)}, decoder {_parameters(tokenizer.decoder)}, "

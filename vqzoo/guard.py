@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vqzoo.data import Batch
 from vqzoo.errors import NonFiniteError
 from vqzoo.ops import all_reduce_sum, gather_names
+from vqzoo.sharding import local
 
 USUAL = 100
 """Updates over which the usual size of the losses is averaged."""
@@ -147,7 +148,7 @@ def keep_evidence(
     positions = torch.cat([batch.positions for batch in batches])
     save_file({"images": images, "positions": positions}, place / f"batch_rank{rank}.safetensors")
     broken = [f"{whose}.{name}" for whose, module in modules.items() for name, tensor in module.state_dict().items()
-              if tensor.is_floating_point() and not tensor.isfinite().all()]
+              if tensor.is_floating_point() and not local(tensor).isfinite().all()]
     report = {"step": bad.update.step, "batch": bad.update.batch, "what": str(bad), "terms": bad.terms,
               "tensors_not_finite": broken, **about}
     (place / f"report_rank{rank}.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vqzoo.monitor import Monitor, panel
+from vqzoo.sharding import whole
 from vqzoo.tokenizer import Tokenizer
 
 
@@ -29,9 +30,10 @@ class Pictures:
 
     @torch.no_grad()
     def reconstructions(self, tokenizer: Tokenizer) -> Tensor:
-        """Return what a tokenizer makes of the images, in evaluation mode."""
+        """Return what a tokenizer makes of the images, in evaluation mode; all processes must call it."""
         mode = tokenizer.training
-        reconstructions = tokenizer.eval()(self.images).reconstructions
+        with whole(tokenizer):
+            reconstructions = tokenizer.eval()(self.images).reconstructions
         tokenizer.train(mode)
         return reconstructions
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import nn
 
 from vqzoo.data import ImageDataset, StreamDataset, make_dataset, train_batches
@@ -16,8 +17,12 @@ from vqzoo.hookspecs import ONCE
 from vqzoo.ops import plan, use
 from vqzoo.plugin import Progress
 from vqzoo.recipe import Recipe
+from vqzoo.sharding import make_plugin
 from vqzoo.stage import check_scale, stage_hooks
 from vqzoo.tokenizer import Tokenizer
+
+FSDP = "ACCELERATE_USE_FSDP"
+"""What `accelerate launch --use_fsdp` sets."""
 
 
 @dataclass
@@ -158,12 +163,20 @@ def _rehearse_stage(tokenizer: Tokenizer, discriminator: nn.Module | None, image
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Make the Accelerator of a recipe; a UserError where the hardware lacks its precision."""
+    """Make the Accelerator of a recipe; a UserError where the hardware lacks its precision or does not shard."""
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision: 'fp16' needs a GPU; use bf16 or no on this machine")
+    if parse_flag_from_env(FSDP) and not recipe.shard:
+        raise UserError(f"shard: false, but the launcher chose FSDP ({FSDP}); set shard=true, or launch without it")
     # Every process refreshes the codebook alike, so DDP must not broadcast buffers over it.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[ddp], cpu=not torch.cuda.is_available())
+    fsdp = make_plugin() if recipe.shard else None
+    with patch_environment(**{FSDP: recipe.shard}):  # which accelerate would set for all later runs, too
+        accelerator = Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[ddp], fsdp_plugin=fsdp,
+                                  cpu=not torch.cuda.is_available())
+    if accelerator.is_fsdp2 != recipe.shard:
+        raise UserError(f"shard: {str(recipe.shard).lower()} will not do here; accelerate shards between processes on GPUs, "
+                        "as torchrun or `accelerate launch` start them, and in one process all runs or none")
     accelerator.gradient_accumulation_steps = 1  # the recipe's `accumulate` counts, not the launcher's environment
     return accelerator
 

@@ -26,8 +26,8 @@ from vqzoo.ops import BACKENDS, PRECISIONS
 PLAIN = re.compile(r"\$\{[^${}:]*\}")
 """An interpolation that names another key, as opposed to a resolver, `${name:...}`."""
 
-HARMLESS = ("accumulate", "checkpoint", "data.eval_batch_size", "data.root", "data.workers", "evaluate", "guard", "log",
-            "ops.backend", "versions")
+HARMLESS = ("accumulate", "checkpoint", "data.bad_files", "data.eval_batch_size", "data.root", "data.workers", "evaluate",
+            "guard", "log", "ops.backend", "shard", "versions")
 """The keys whose change does not alter what a run trains, or by rounding alone; that the images are the same is seen to."""
 
 POLICIES = ("stop", "skip", "rollback")
@@ -136,6 +136,7 @@ class Recipe:
     accumulate: int = 1
     precision: str = "no"
     compile: bool = False
+    shard: bool = False
     ema: float = 0.999
     init_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -433,6 +434,8 @@ def _check_values(recipe: Recipe) -> None:
         refuse("ema", recipe.ema, "it must be in [0, 1); 0 switches it off")
     if recipe.precision not in ("no", "bf16", "fp16"):
         refuse("precision", recipe.precision, suggestion(recipe.precision, ("no", "bf16", "fp16")))
+    if recipe.shard and recipe.precision == "fp16":
+        refuse("shard", True, "accelerate's gradient scaler takes no gradients in pieces; set precision to bf16 or no")
     for key, choices in (("backend", BACKENDS), ("precision", PRECISIONS)):
         if (value := getattr(recipe.ops, key)) not in choices:
             refuse(f"ops.{key}", value, suggestion(value, choices))

@@ -141,6 +141,8 @@ def _tokenizer(options: argparse.Namespace, evaluator: Evaluator, state: Partial
     config = DataConfig(root=options.data, resolution=resolution, eval_batch_size=options.batch_size)
     dataset = ImageDataset(Folder(_folder(options.data), "--data"), config)
     dataset.crop = CROPS[evaluator.protocol.crop]
+    for note in dataset.notes if state.is_main_process else ():
+        print(f"vqzoo: {note}", file=sys.stderr)
     batches = eval_batches(config, dataset, state.process_index, state.num_processes)
     shown = _shown(batches, -(-len(dataset) // (options.batch_size * state.num_processes)), state)
     result = evaluator.tokenizer(tokenizer, shown, stamp(dataset), _saver(options.save_images, dataset.source.names))

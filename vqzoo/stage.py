@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vqzoo.errors import UserError, suggestion
 from vqzoo.recipe import OptimConfig, Recipe, StageConfig
+from vqzoo.sharding import like
 
 Moments = dict[str, dict[str, Tensor]]
 """An optimizer's state by parameter name; it carries over to the next stage's optimizer and into checkpoints."""
@@ -38,13 +39,13 @@ def make_optimizer(module: nn.Module, config: OptimConfig, moments: Moments, fus
     `fused` updates all parameters in one pass; under accelerate's gradient scaler, a fused optimizer would hide its skips.
     """
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, type], list[nn.Parameter]] = {}  # no kernel takes whole tensors and pieces together
     for name, parameter in named.items():
         scales = [scale for pattern, scale in config.scale.items() if fnmatch(name, pattern)]
-        groups.setdefault(scales[-1] if scales else 1.0, []).append(parameter)
+        groups.setdefault((scales[-1] if scales else 1.0, type(parameter)), []).append(parameter)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
     optimizer = kind(
-        [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
+        [{"params": parameters, "scale": scale} for (scale, _), parameters in groups.items()],
         lr=config.lr, betas=tuple(config.betas), weight_decay=config.weight_decay, fused=fused,
     )
     for name, parameter in named.items():
@@ -57,7 +58,7 @@ def _placed(key: str, value: Tensor, parameter: nn.Parameter, fused: bool) -> Te
     """Return a part of an optimizer's state where its kernel reads it: a moment has its parameter's device and strides."""
     if key == "step":
         return value.to(parameter.device if fused else "cpu")
-    return torch.empty_like(parameter).copy_(value)
+    return torch.empty_like(parameter).copy_(like(value, parameter))
 
 
 def take_moments(module: nn.Module, optimizer: torch.optim.Optimizer, moments: Moments) -> None:

@@ -10,6 +10,7 @@ from vqzoo import checkpoint
 from vqzoo.data import StreamDataset
 from vqzoo.errors import UserError
 from vqzoo.recipe import plain, versions
+from vqzoo.sharding import full, load
 from vqzoo.stage import flat, nested
 from vqzoo.tally import Tally
 
@@ -37,7 +38,10 @@ class Counters:
 
 
 def tensors(trainer: Any, epoch: dict[str, Tensor]) -> checkpoint.Tensors:
-    """Return every tensor of a Trainer's run, with those of the epoch's tally, by file and name."""
+    """Return every tensor of a Trainer's run, with those of the epoch's tally, by file and name.
+
+    All processes must call it; the main one alone gets them, whole ones whatever is sharded.
+    """
     seen = {"latents": trainer.drift.latents, "indices": trainer.drift.indices}
     found = {
         "tokenizer": trainer.tokenizer.state_dict(),
@@ -52,7 +56,7 @@ def tensors(trainer: Any, epoch: dict[str, Tensor]) -> checkpoint.Tensors:
     if trainer.discriminator is not None:
         found["discriminator"] = trainer.discriminator.state_dict()
         found["discriminator_optimizer"] = flat(trainer.discriminator_moments)
-    return found
+    return {name: full(content, trainer.main) for name, content in found.items()}
 
 
 def manifest(trainer: Any) -> dict[str, Any]:
@@ -86,9 +90,9 @@ def _take(trainer: Any, found: checkpoint.Tensors, state: dict[str, Any]) -> Non
         return {name: value.to(trainer.device) for name, value in found[kind].items()}
 
     trainer.counters = Counters(**state["counters"])
-    trainer.tokenizer.load_state_dict(found["tokenizer"])
+    load(trainer.tokenizer, found["tokenizer"])
     if trainer.ema is not trainer.tokenizer:
-        trainer.ema.load_state_dict(found["average"])
+        load(trainer.ema, found["average"])
     trainer.moments = nested(found["optimizer"])
     if trainer.discriminator is not None:
         trainer.discriminator.load_state_dict(found["discriminator"])

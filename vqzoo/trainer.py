@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vqzoo import checkpoint, state
+from vqzoo import checkpoint, sharding, state
 from vqzoo.data import Batch, StreamDataset, content, eval_batches, stamp, to_images, train_batches
 from vqzoo.errors import DataError, Interrupted, LostError, NonFiniteError, OutOfMemory, PluginError, StorageError, UserError
 from vqzoo.evaluation import better
@@ -29,7 +29,7 @@ from vqzoo.interrupt import StopSignals
 from vqzoo.memory import advice, is_shortage
 from vqzoo.monitor import Drift, Monitor, memory, save_picture
 from vqzoo.ops import all_reduce_sum, code_usage, gather_names, gather_rows, perplexity, usage, use
-from vqzoo.ops.collective import Agreement, differing
+from vqzoo.ops.collective import Agreement, differing, from_main
 from vqzoo.pictures import Pictures
 from vqzoo.plugin import Progress
 from vqzoo.prepare import enter, make_accelerator, prepare
@@ -89,6 +89,8 @@ class Trainer:
         judges = () if self.discriminator is None else self.discriminator.parameters()
         self.discriminator_parameters = [parameter for parameter in judges if parameter.requires_grad]
         self.ema = deepcopy(self.tokenizer).eval().requires_grad_(False) if recipe.ema else self.tokenizer
+        for tokenizer in dict.fromkeys([self.tokenizer, self.ema]) if recipe.shard else ():
+            sharding.shard([tokenizer.encoder, tokenizer.decoder], self.accelerator)
         self.code_ages = torch.zeros(self.tokenizer.codebook.size, dtype=torch.int64, device=self.device)
         # accelerate's gradient scaler must itself read on the host whether it skips, and would not see a fused step skip
         self.fused = recipe.precision != "fp16"
@@ -142,7 +144,7 @@ class Trainer:
             raise PluginError(f"{self._where()}: {error}") from error
         except (RuntimeError, MemoryError) as error:
             if is_shortage(error):
-                said = advice(self.recipe, self.tokenizer, self.accelerator, error)
+                said = advice(self.recipe, self._alone(), self.accelerator, error)
                 raise OutOfMemory(f"{self._where()}: {said}") from error
             if any(word in str(error) for word in LOST):
                 self.writer.wait()
@@ -157,6 +159,14 @@ class Trainer:
             self.writer.wait()
             self.folder.release()
 
+    def _alone(self) -> Tokenizer:
+        """Return a tokenizer that this process can run while the others do something else."""
+        if not self.recipe.shard:
+            return self.tokenizer
+        tokenizer = Tokenizer.from_recipe(_without_weights(self.recipe))
+        enter(tokenizer, self.recipe, self.counters.stage)
+        return tokenizer
+
     def _where(self) -> str:
         return f"step {self.counters.step} (epoch {self.counters.epoch}, stage {self.stage!r})"
 
@@ -166,7 +176,7 @@ class Trainer:
         self.monitor.text("recipe", to_yaml(self.recipe))
         if resumed:
             self._say_resumed()
-        for note in self.start.notes:
+        for note in (*self.start.notes, *self.train_data.notes, *self.val_data.notes):
             self.monitor.say(note, self.counters.step)
         for name, why in self.evaluator.missing.items():
             self.monitor.say(f"evaluate.metrics: {name} will be missing: {why}")
@@ -219,7 +229,7 @@ class Trainer:
             leaving = recipe.stages[counters.stage - 1].name if counters.stage else None
             batches = (to_images(batch.images, self.device) for batch in self._preparation_batches())
             self.tokenizer.eval()
-            with torch.no_grad():
+            with torch.no_grad(), sharding.whole(self.tokenizer):
                 self.tokenizer.hooks.enter_stage(
                     leaving=leaving, entering=self.stage, tokenizer=self.tokenizer, batches=batches,
                     generator=self._generator(1),
@@ -256,6 +266,9 @@ class Trainer:
         """Return a module and its optimizer as accelerate runs them; the optimizer's state is in its place already."""
         if self.guard.deferred:
             optimizer.found_inf = self.guard.stopped
+        if self.recipe.shard:
+            sharding.same_everywhere(module)
+            return module, self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         return self.accelerator.prepare(module, optimizer, device_placement=[True, False])
 
     def _train_discriminator(self, mode: bool) -> None:
@@ -274,6 +287,7 @@ class Trainer:
         self.accelerator.free_memory()
 
     def _take_moments(self) -> None:
+        sharding.reshard(self.tokenizer)
         take_moments(self.tokenizer, self.optimizer, self.moments)
         if self.discriminator is not None:
             take_moments(self.discriminator, self.discriminator_optimizer, self.discriminator_moments)
@@ -311,16 +325,16 @@ class Trainer:
         whole = ends_epoch and (epochs % due.epochs == 0 or epochs == self.recipe.epochs)
         return whole or bool(due.steps and step % due.steps == 0)
 
-    def _next_batches(self) -> tuple[list[Batch], DataError | None]:
+    def _next_batches(self) -> tuple[list[Batch], Exception | None]:
         """Return a step's micro-batches, or why they cannot be read; the other processes must hear of it first."""
         try:
             batches = [next(self.train_batches) for _ in range(self.recipe.accumulate)]
-        except DataError as error:
+        except (DataError, UserError) as error:  # of workers, or of too many files that do not decode
             return [], error
         self.bad_files += [name for batch in batches for name in batch.bad]
         return batches, None
 
-    def _stop_if_asked(self, problem: DataError | None = None) -> None:
+    def _stop_if_asked(self, problem: Exception | None = None) -> None:
         """Save and leave, all processes together, if one has received a signal or cannot go on; called between two steps."""
         if problem and self.processes > ASKED:  # at another time, the rest would not be asked
             raise problem
@@ -331,7 +345,11 @@ class Trainer:
             return
         self._save()
         self.writer.wait()
-        self._report_unsaved(end=True)
+        error = self.writer.take_error()
+        # nobody leaves before all is written: a launcher ends the others as soon as one has left
+        if self.agreement.largest(int(error is not None)):
+            raise StorageError(f"{self.folder.checkpoints}: the last checkpoint could not be written: "
+                               f"{error or 'see what the main process says'}; those before it are whole")
         if problem:
             raise problem
         if wish == UNREADABLE:
@@ -387,6 +405,7 @@ class Trainer:
             for name, fine in output.checks.items():
                 checks[name] = checks[name] & fine if name in checks else fine
             outputs.append(output.detached())
+        sharding.reshard(self.tokenizer)
         self._check_every_parameter_has_a_gradient(self.tokenizer)
         self._note_losses(list(losses))
         sources = dict.fromkeys(losses, "reconstruction_loss") | dict.fromkeys(output.losses, "embedding_loss")
@@ -434,7 +453,9 @@ class Trainer:
 
     def _no_sync_but_last(self, model: nn.Module, number: int) -> Any:
         last = number == self.recipe.accumulate - 1
-        return nullcontext() if last else self.accelerator.no_sync(model)
+        if last:
+            return nullcontext()
+        return sharding.no_sync(model) if self.recipe.shard else self.accelerator.no_sync(model)
 
     def _apply(
         self, optimizer: Any, module: nn.Module, clip: float | None, losses: dict[str, Tensor], checks: dict[str, Tensor]
@@ -442,9 +463,12 @@ class Trainer:
         """Clip and step unless anything is not finite; False if the fp16 scaler or the guard's policy skipped the step."""
         self.accelerator.unscale_gradients(optimizer)
         named = {name: p for name, p in module.named_parameters() if p.grad is not None}
-        norms = torch._foreach_norm([p.grad for p in named.values()])
+        gradients = [p.grad for p in named.values()]
+        if self.recipe.shard:
+            sharding.average_gradients(gradients, self.processes)
+        norms = sharding.norms(gradients)
         if clip is not None:
-            nn.utils.clip_grads_with_norm_(named.values(), clip, torch.linalg.vector_norm(torch.stack(norms)))
+            sharding.clip(gradients, clip, torch.linalg.vector_norm(torch.stack(norms)))
         judged = {} if self.recipe.precision == "fp16" else dict(zip(named, norms, strict=True))
         whose = module is self.tokenizer
         spared = "nothing was updated" if whose else "the discriminator was not updated, the tokenizer was updated"
@@ -557,8 +581,9 @@ class Trainer:
         decay = min(self.recipe.ema, (1 + self.counters.step) / (10 + self.counters.step))
         # A step of SGD on |average - weights|²/2: as fast as a lerp, and unlike that it can stop on the device.
         torch._fused_sgd_(
-            list(self.ema.parameters()), list(self.tokenizer.parameters()), [], lr=1 - decay, weight_decay=1.0, maximize=True,
-            momentum=0.0, dampening=0.0, nesterov=False, is_first_step=False, found_inf=self.guard.stopped,
+            *([sharding.local(p) for p in module.parameters()] for module in (self.ema, self.tokenizer)), [],
+            lr=1 - decay, weight_decay=1.0, maximize=True, momentum=0.0, dampening=0.0, nesterov=False, is_first_step=False,
+            found_inf=self.guard.stopped,
         )
 
     @torch.no_grad()
@@ -665,10 +690,12 @@ class Trainer:
 
     def _report_bad(self) -> None:
         names, self.bad_files = self.bad_files, []
-        for name in gather_names(names):
-            if name not in self.counters.files_left_out:
-                self.counters.files_left_out.append(name)
-                self.monitor.say(f"{name} does not decode and is left out", self.counters.step)
+        new = [name for name in dict.fromkeys(gather_names(names)) if name not in self.counters.files_left_out]
+        for name in new:
+            self.monitor.say(f"{name} does not decode and is left out", self.counters.step)
+        self.counters.files_left_out += new
+        if new and not isinstance(self.train_data, StreamDataset):
+            self.train_data.recall(new)  # so that data.bad_files counts those of all processes
 
     def _log(self) -> None:
         """Measure what TensorBoard is to show of this step, if anything, into `record`, by group and name.
@@ -684,6 +711,8 @@ class Trainer:
         reports = self.tokenizer.report(self._progress())
         self._check_processes()
         seconds = time.monotonic() - self.logged_at
+        with sharding.whole(self.tokenizer):  # a change means something over equal intervals only
+            drift = {} if not self.main or counters.step % log.steps else self.drift.measure(self.tokenizer)
         if self.main:
             share = float(usage(self.tally.counts)) if self.tally.counts.any() else None
             self.monitor.show(self.stage, counters.step, losses, share)
@@ -693,8 +722,7 @@ class Trainer:
                 "train": {"learning_rate": self.rate, "images_per_second": speed, **memory(self.device)},
                 "codes": {} if share is None else self._ages(),
                 "report": reports,
-                # a change means something over equal intervals only
-                "drift": {} if counters.step % log.steps else self.drift.measure(self.tokenizer),
+                "drift": drift,
             }
             self.record = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         self.logged_at = time.monotonic()
@@ -751,7 +779,7 @@ class Trainer:
         self.last_of_all = found if whole and epoch == recipe.epochs else None
         self.monitor.scalars(found.metrics, step, "held_out")
         self._keep_best(found.metrics)
-        if self.main and epoch < recipe.epochs:  # the last pictures are made at the end
+        if epoch < recipe.epochs:  # the last pictures are made at the end
             self.pictures.show(self.averaged(), self.monitor, step)
 
     def _warn_of_collapse(self, share: float) -> None:
@@ -770,7 +798,8 @@ class Trainer:
 
     def _evaluate(self, limit: int | None = None) -> Result:
         batches = eval_batches(self.recipe.data, self.val_data, self.rank, self.processes, limit)
-        return self.evaluator.tokenizer(self.averaged(), self._heedful(batches, limit), stamp(self.val_data, limit))
+        with sharding.whole(self.averaged()) as averaged:  # no two processes need have as many batches
+            return self.evaluator.tokenizer(averaged, self._heedful(batches, limit), stamp(self.val_data, limit))
 
     def _heedful(self, batches: Iterator[Batch], limit: int | None) -> Iterable[Batch]:
         """Return held-out batches between which a signal is heard; all processes listen equally often, whatever they have."""
@@ -793,12 +822,11 @@ class Trainer:
         candidates = [self.evaluator.name_of(name) for name in ([config.best] if config.best else config.metrics)]
         chosen = next((name for name in candidates if name in metrics), "")
         value = metrics.get(chosen, math.nan)
-        if not better(chosen, value, self.counters.best.get("value")):
+        if not from_main(lambda: better(chosen, value, self.counters.best.get("value"))):
             return
         self.counters.best = {"metric": chosen, "value": value, "step": self.counters.step,
                               "epoch": self.counters.epoch + 1, "images": metrics["images"]}
-        if self.main:
-            self.averaged().save_pretrained(self.out / "best")
+        sharding.export(self.averaged(), self.out / "best", self.main)
 
     def _note_losses(self, names: list[str]) -> None:
         """Keep the pictures as they are when a loss joins: the adversarial one, above all.
@@ -827,23 +855,20 @@ class Trainer:
         self._report_unsaved()
         tally = self.tally.tensors()
         self.saved_step = counters.step
+        self._take_moments()
+        tensors = state.tensors(self, tally)
         if not self.main:
             return
         self.monitor.flush()  # what was shown up to here must not be lost with what follows
         counters.seconds = time.monotonic() - self.began
-        self._take_moments()
         keep, best = self.recipe.checkpoint.keep, counters.best.get("step") if self.recipe.checkpoint.keep_best else None
-        self.writer.save(state.tensors(self, tally), state.manifest(self), keep, best)
+        self.writer.save(tensors, state.manifest(self), keep, best)
 
-    def _report_unsaved(self, end: bool = False) -> None:
-        """Say that a checkpoint could not be written: training goes on, but a run does not end as if all were well."""
-        error = self.writer.take_error()
-        if error is None:
-            return
-        said = f"a checkpoint could not be written: {error}; those before it are whole"
-        if end:
-            raise StorageError(f"{self.folder.checkpoints}: {said}")
-        self.monitor.say(f"{said}, the next is tried when it is due", self.counters.step)
+    def _report_unsaved(self) -> None:
+        """Say that the last checkpoint could not be written; training goes on all the same."""
+        if error := self.writer.take_error():
+            self.monitor.say(f"a checkpoint could not be written: {error}; those before it are whole, and the next is tried "
+                             "when it is due", self.counters.step)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate on all held-out images, and leave metrics.json, the picture and the exported tokenizer."""
@@ -875,20 +900,20 @@ class Trainer:
         }
         self.writer.wait()
         self._report_unsaved()
-        if self.main:
-            self._write_results(result)
-            self.monitor.scalars(found.metrics, counters.step, "final")
-            for images, share in found.usage_curve:  # the axis is images, not steps
-                self.monitor.scalars({"usage_against_images": share}, images, "final")
+        self._write_results(result)
+        self.monitor.scalars(found.metrics, counters.step, "final")
+        for images, share in found.usage_curve:  # the axis is images, not steps
+            self.monitor.scalars({"usage_against_images": share}, images, "final")
         self.accelerator.wait_for_everyone()
         return result
 
     def _write_results(self, result: dict[str, Any]) -> None:
         try:
             picture = self.pictures.show(self.averaged(), self.monitor, self.counters.step)
-            save_picture(picture, self.out / "reconstructions.png")
-            self.averaged().save_pretrained(self.out / "tokenizer")
-            checkpoint.write_text(self.out / "metrics.json", to_json(result))
+            sharding.export(self.averaged(), self.out / "tokenizer", self.main)
+            if self.main:
+                save_picture(picture, self.out / "reconstructions.png")
+                checkpoint.write_text(self.out / "metrics.json", to_json(result))
         except OSError as error:
             raise StorageError(f"{self.out}: the results cannot be written ({error}); with room, --resume auto makes "
                                "them") from error
