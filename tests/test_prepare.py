@@ -102,15 +102,11 @@ stages: [{name: joint, hooks: {quantize: [rival], straight_through: [simvq], emb
     assert torch.equal(tokenizer.decode(tokenizer.encode(images)), tokenizer(images).reconstructions)
 
 
-def test_losses_of_one_name_are_refused_and_so_is_what_is_no_loss():
+def test_losses_of_one_name_are_refused():
     one = torch.tensor(1.0)
     assert merge_losses({"a": one}, {"b": one}) == {"a": one, "b": one}
     with pytest.raises(PluginError, match="'commitment'"):
         merge_losses({"commitment": one}, {"commitment": one})
-    with pytest.raises(PluginError, match=r"'a' is a tensor \[2\]"):
-        merge_losses({"a": torch.ones(2)})
-    with pytest.raises(PluginError, match="'a' is float"):
-        merge_losses({"a": 1.0})
 
 
 def test_a_frozen_part_of_an_encoder_keeps_its_statistics(recipe):

@@ -32,10 +32,12 @@ from vqzoo.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("tiny_runs")
 LONGEST = 400  # seconds, on a machine with much else to do
-RECIPE = WHOLE.replace("BASE", "vq").replace("lr: 2e-3", "lr: 2e-4")  # small steps, so that rounding flips no assignment
-ROLLED = ["guard.policy=rollback", "epochs=3"]
+# small steps, so that rounding flips no assignment; two batches of held-out images for one process, one for the other
+RECIPE = WHOLE.replace("BASE", "vq").replace("lr: 2e-3", "lr: 2e-4").replace("eval_batch_size: 4", "eval_batch_size: 3")
+SHORT = ["epochs=2", "stages=[{name: refine}]"]
+END = 6  # of a short run
 WITHIN, STOPPED = 4, 5  # the step within an epoch in which a run is told to stop, and that after which it does
-BAD = 7  # the batch that is not finite, after a checkpoint
+BAD = 4  # the batch that is not finite, after a checkpoint
 
 
 # ---- what each process does
@@ -78,12 +80,12 @@ def resumed(folder):
 
 
 def widened_whole(folder):
-    job(folder, "recipe", "widened_whole", resume="auto").run()
+    job(folder, "recipe", "widened_whole", *SHORT, resume="auto").run()
 
 
 def widened(folder):
     """Go on in pieces from what one process has begun whole."""
-    job(folder, "recipe", "widened", "shard=true", resume="auto").run()
+    job(folder, "recipe", "widened", "shard=true", *SHORT, resume="auto").run()
 
 
 def poison(trainer):
@@ -96,11 +98,18 @@ def poison(trainer):
 
 
 def rolled_whole(folder):
-    poison(job(folder, "recipe", "rolled_whole", *ROLLED))
+    poison(job(folder, "recipe", "rolled_whole", "guard.policy=rollback", *SHORT))
 
 
 def rolled(folder):
-    poison(job(folder, "recipe", "rolled", "shard=true", *ROLLED))
+    poison(job(folder, "recipe", "rolled", "shard=true", "guard.policy=rollback", *SHORT))
+
+
+def evaluated(folder):
+    """Receive SIGTERM in the evaluation of an epoch that no checkpoint ends, of weights that are not averaged."""
+    trainer = job(folder, "recipe", "evaluated", "shard=true", "ema=0", "evaluate.epochs=1", "checkpoint={epochs: 9}", *SHORT)
+    Probe.listeners["quantize"] = lambda progress, **_: progress is None and signal.raise_signal(signal.SIGTERM)
+    trainer.run()
 
 
 def exhausted(folder):
@@ -114,7 +123,7 @@ def exhausted(folder):
     trainer.run()
 
 
-SCENARIOS = [whole, widened_whole, rolled_whole, sharded, signalled, resumed, widened, rolled, exhausted]  # the last loses one
+SCENARIOS = [whole, widened_whole, rolled_whole, sharded, signalled, resumed, widened, rolled, evaluated, exhausted]
 
 
 def main(folder):
@@ -139,7 +148,7 @@ class Launched:
     def __init__(self, folder, photos):
         self.folder = folder
         (folder / "recipe.yaml").write_text(RECIPE.replace("ROOT", str(photos)))
-        begun = Trainer(self.recipe(), folder / "widened")
+        begun = Trainer(self.recipe(*SHORT), folder / "widened")
         Probe.listeners["quantize"] = at(WITHIN, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             begun.run()
@@ -191,6 +200,13 @@ def test_a_sharded_run_stops_within_an_epoch_and_goes_on_bit_for_bit(launched):
     assert_same_end(launched.run("resumed"), launched.run("sharded"))
 
 
+def test_a_stop_in_an_evaluation_saves_the_moments_of_weights_that_are_gathered(launched):
+    assert [ended["type"] for ended in launched.read("evaluated")] == PROCESSES * ["Interrupted"]
+    saved = checkpoint_at(launched.folder / "evaluated", END // 2)
+    moments = {name.removesuffix("/exp_avg") for name in saved["optimizer"]}
+    assert moments >= {name for name in saved["tokenizer"] if name.startswith(("encoder.", "decoder."))}
+
+
 def test_one_whole_process_goes_on_with_what_two_sharded_ones_began(launched, capsys):
     out = launched.folder / "narrowed"
     shutil.copytree(launched.folder / "signalled", out)
@@ -202,17 +218,30 @@ def test_one_whole_process_goes_on_with_what_two_sharded_ones_began(launched, ca
 def test_two_sharded_processes_go_on_with_what_a_whole_one_began(launched):
     out = launched.run("widened")
     assert "changed: shard: False → True" in launched.done.stderr
-    assert_equal_up_to_rounding(checkpoint_at(launched.run("widened_whole"), LAST), checkpoint_at(out, LAST), LAST)
+    assert_equal_up_to_rounding(checkpoint_at(launched.run("widened_whole"), END), checkpoint_at(out, END), END)
 
 
 def test_a_sharded_run_rolls_back_from_a_bad_update_as_whole_ones_do(launched):
     sharded, whole = launched.run("rolled"), launched.run("rolled_whole")
     events = [json.loads((out / "metrics.json").read_text())["run"]["rollbacks"] for out in (sharded, whole)]
-    assert [[(event["batch"], event["to"]) for event in found] for found in events] == 2 * [[(BAD, BAD - 1)]]
+    assert [[(event["batch"], event["to"]) for event in found] for found in events] == 2 * [[(BAD, BAD)]]
     reports = sorted((sharded / "failures").rglob("report_rank*.json"))
     assert [json.loads(path.read_text())["tensors_not_finite"] for path in reports] == PROCESSES * [[]]
-    step = max(step for step, _ in checkpoint.complete(whole / "checkpoints"))
-    assert_equal_up_to_rounding(checkpoint_at(whole, step), checkpoint_at(sharded, step), step)
+    assert_equal_up_to_rounding(checkpoint_at(whole, END), checkpoint_at(sharded, END), END)
+
+
+@pytest.mark.parametrize("variable, overrides, said", [
+    ("", ["shard=true"], "shard: true will not do here; accelerate shards between processes on GPUs"),
+    ("", ["shard=true", "precision=fp16"], "shard: True will not do; .* set precision to bf16 or no"),
+    ("true", ["shard=false"], "shard: false, but the launcher chose FSDP .ACCELERATE_USE_FSDP.; set shard=true, or launch"),
+])
+def test_where_accelerate_would_not_shard_or_nobody_asked_it_to_a_run_is_refused(
+    recipe, tmp_path, monkeypatch, variable, overrides, said
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", variable or "false")
+    with pytest.raises(UserError, match=said):
+        Trainer(recipe(RECIPE, *overrides), tmp_path / "run")
+    assert os.environ["ACCELERATE_USE_FSDP"] == (variable or "false") and not (tmp_path / "run").exists()
 
 
 def test_a_sharded_process_out_of_memory_says_so_while_the_others_wait(launched):

@@ -14,13 +14,10 @@ from pluggy import HookImpl
 from torch import Tensor
 
 from vqzoo.codebook import Codebook
-from vqzoo.errors import DataError, NonFiniteError, PluginError, UserError
+from vqzoo.errors import LOST, SHORT, DataError, NonFiniteError, PluginError, UserError
 
 UNCHANGED = (UserError, PluginError, NonFiniteError, DataError, MemoryError, torch.OutOfMemoryError)
 """What comes out of a hook as it is: it names the culprit already, or is no plugin's fault."""
-
-MACHINE = ("DefaultCPUAllocator", "CUDA error")
-"""Words in an error for which no plugin is blamed either: there is no more memory, or the device is lost."""
 
 ANSWERS = {
     "reconstruction_loss": (lambda answer: isinstance(answer, dict), "dict"),
@@ -62,7 +59,7 @@ class Caller:
         except UNCHANGED:
             raise
         except Exception as error:
-            if any(words in str(error) for words in MACHINE):
+            if any(words in str(error) for words in (*SHORT, *LOST)):  # which is no plugin's fault
                 raise
             raise PluginError(f"{_blame(self.name, group, error)}: {error}") from error
         for argument, part, tensor, version in watched:

@@ -6,6 +6,12 @@ from collections.abc import Iterable
 MOST_NAMED = 16
 """Choices that a message lists."""
 
+LOST = ("CUDA error", "NCCL", "ncclSystemError", "Gloo", "gloo", "Connection closed by peer", "Connection reset by peer")
+"""Words in the errors of devices and processes that are gone."""
+
+SHORT = ("DefaultCPUAllocator",)
+"""Words in the errors of a host that has no more memory."""
+
 
 class UserError(Exception):
     """A mistake in a recipe, a file or a command: its text names the key or file, the value and the way out.

@@ -31,6 +31,7 @@ def explain(recipe: Recipe) -> str:
         f"schedule    {recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images",
         *_operations(recipe, ready),
         *_measures(recipe, ready),
+        f"kept        {_kept(recipe)}",
         f"memory      {gib(memory.states)} weights, gradients, moments and average + {gib(memory.activations)} activations "
         "per process, without losses' and discriminators' own",
     ]
@@ -55,6 +56,15 @@ def _measures(recipe: Recipe, ready: Prepared) -> list[str]:
     lines = [f"evaluation  protocol {config.protocol}: {', '.join(map(evaluator.name_of, config.metrics))}; every "
              f"{config.epochs} epochs on {config.images or 'all'} images, at the end on all"]
     return lines + [f"            {name} will be missing: {why}" for name, why in evaluator.missing.items()]
+
+
+def _kept(recipe: Recipe) -> str:
+    """Say when checkpoints are written, which stay, and what becomes of bad updates."""
+    due, guard = recipe.checkpoint, recipe.guard
+    steps = f" and every {due.steps} steps" if due.steps else ""
+    spike = f" or {guard.spike:g} times the usual" if guard.spike else ""
+    stay = f"the last {due.keep}{' and the best' if due.keep_best else ''}"
+    return f"a checkpoint every {due.epochs} epochs{steps}, {stay}; updates that are not finite{spike}: {guard.policy}"
 
 
 def _stage(tokenizer: Tokenizer, recipe: Recipe, number: int) -> list[str]:

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from vqzoo.errors import SHORT
 from vqzoo.ops import plan, use
 from vqzoo.plugin import Progress
 from vqzoo.prepare import tokens
@@ -46,7 +47,7 @@ def predict_memory(tokenizer: Tokenizer, recipe: Recipe, processes: int = 1) -> 
 
 def is_shortage(error: BaseException) -> bool:
     """Tell whether an error says that memory is short, of a GPU or of the host."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in SHORT)
 
 
 def advice(recipe: Recipe, tokenizer: Tokenizer, accelerator: Accelerator, error: BaseException) -> str:

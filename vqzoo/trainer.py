@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from vqzoo import checkpoint, sharding, state
 from vqzoo.data import Batch, StreamDataset, content, eval_batches, stamp, to_images, train_batches
-from vqzoo.errors import DataError, Interrupted, LostError, NonFiniteError, OutOfMemory, PluginError, StorageError, UserError
+from vqzoo.errors import (
+    LOST,
+    DataError,
+    Interrupted,
+    LostError,
+    NonFiniteError,
+    OutOfMemory,
+    PluginError,
+    StorageError,
+    UserError,
+)
 from vqzoo.evaluation import better
 from vqzoo.evaluation.evaluate import Result
 from vqzoo.evaluation.report import card, data_card, hardware, to_json, versions_of_metrics
@@ -47,9 +57,6 @@ ASYNCHRONOUS = ("cuda",)
 
 ASKED = 64
 """Processes that ask one another in each step whether to stop; of twice as many, it is every second step, and so on."""
-
-LOST = ("CUDA error", "NCCL", "ncclSystemError", "Gloo", "gloo", "Connection closed by peer", "Connection reset by peer")
-"""Words in the errors of devices and processes that are gone."""
 
 UNREADABLE = 255
 """The wish to stop, beyond all signals' numbers, of a process that cannot read its images."""
@@ -920,16 +927,12 @@ class Trainer:
 
 
 def merge_losses(*found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join the losses of all hooks; a name that two use, or a value that is no 0-dim tensor, is a PluginError."""
+    """Join the losses of all hooks; a name that two use is a PluginError."""
     merged: dict[str, Tensor] = {}
     for losses in found:
-        for name, value in losses.items():
-            if name in merged:
-                raise PluginError(f"two hooks return a loss called {name!r}; give one another name")
-            if not isinstance(value, Tensor) or value.dim():
-                what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise PluginError(f"loss {name!r} is {what} where a 0-dim tensor is expected")
-            merged[name] = value
+        if both := merged.keys() & losses.keys():
+            raise PluginError(f"two hooks return a loss called {min(both)!r}; give one another name")
+        merged |= losses
     return merged
 
 
