@@ -24,7 +24,7 @@ PLUGINS = sorted(path for path in (ROOT / "plugins").glob("*.py") if path.name !
 HOOKS = [hook.name for hook in all_hooks(make_manager({}))]
 
 LAYERS = (
-    "errors", "weights", "lpips", "plugin", "codebook", "ops", "hookspecs", "caller", "manager", "answers", "networks",
+    "errors", "files", "weights", "lpips", "plugin", "codebook", "ops", "hookspecs", "caller", "manager", "answers", "networks",
     "features", "discriminators", "data", "evaluation", "recipe",
     "tokenizer", "monitor", "sharding", "pictures", "checkpoint", "folder", "interrupt", "stage", "guard", "tally", "state",
     "prepare", "memory", "trainer", "explain", "scoring", "cli", "__main__",

@@ -16,7 +16,7 @@ from filelock import FileLock
 from test_resume import Stop, at, crash
 from test_training import VQ, checkpoint_at, exported, run, unequal
 
-from vqzoo import StorageError, UserError, checkpoint, folder, manager
+from vqzoo import StorageError, UserError, checkpoint, files, folder, manager
 from vqzoo.recipe import differences, load_recipe, plain
 from vqzoo.trainer import Trainer
 
@@ -102,7 +102,8 @@ def test_old_checkpoints_go_only_when_the_new_one_is_in_its_place(tmp_path, monk
 
 def test_every_file_is_flushed_before_the_folder_gets_its_name(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: order.append(path.name))
+    for module in (checkpoint, files):
+        monkeypatch.setattr(module, "flush", lambda path: order.append(path.name))
     monkeypatch.setattr(Path, "rename", lambda self, to: (order.append(f"rename {Path(to).name}"), os.rename(self, to)))
     checkpoint.save(tmp_path / "c", tensors(), manifest(3), keep=1)
     assert order == ["tokenizer.safetensors", "optimizer.safetensors", ".partial_manifest.json", "rename manifest.json",
@@ -274,6 +275,27 @@ def test_a_full_disk_leaves_old_checkpoints_whole_and_does_not_stop_the_run(reci
     assert result["run"]["step"] == 6 and steps(out)[-1] == 2
     checkpoint.verify(place(out, 2))
     assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.fault(7)
+def test_a_disk_that_is_full_at_the_end_is_told_and_the_results_come_later(recipe, small_disk, whole):
+    out, filler = small_disk / "run", small_disk / "filler"
+    job = Trainer(recipe(MORE, "evaluate.epochs=1"), out)
+    keep_best = job._keep_best
+
+    def full(metrics):
+        if job.counters.epoch == 2 and not filler.exists():
+            with pytest.raises(OSError, match="No space left"), filler.open("wb") as file:
+                while True:
+                    file.write(bytes(1 << 12))
+        keep_best(metrics)
+
+    job._keep_best = full
+    with pytest.raises(StorageError, match="the results cannot be written .*--resume auto makes them"):
+        job.run()
+    filler.unlink()
+    run(recipe(MORE, "evaluate.epochs=1"), out, resume="auto")
+    assert not unequal(exported(out), exported(whole))
 
 
 @pytest.mark.fault(7)

@@ -6,17 +6,17 @@ each file, its own included. Names and clocks decide nothing. Reading one runs n
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vqzoo.errors import UserError
+from vqzoo.files import flush, write_tensors, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -41,25 +41,17 @@ def save(folder: Path, tensors: Tensors, manifest: dict[str, Any], keep: int, be
         files = {}
         for name, content in tensors.items():
             path = partial / f"{name}.safetensors"
-            _write(content, path)
+            write_tensors(path, content)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         whole = {"format": FORMAT, **manifest, "files": files}
         write_text(partial / MANIFEST, json.dumps({**whole, "sha256": _signature(whole)}, indent=2) + "\n")
-        _flush(partial)
+        flush(partial)
         _rename(partial, target)
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _drop(folder, keep, best)
     return target
-
-
-def _write(content: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(content, path)
-    except Exception as error:  # safetensors has errors of its own for a full disk
-        raise error if isinstance(error, OSError) else OSError(f"{path}: {error}") from error
-    _flush(path)
 
 
 def _rename(partial: Path, target: Path) -> None:
@@ -71,7 +63,7 @@ def _rename(partial: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(target)
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def _drop(folder: Path, keep: int, best: int | None) -> None:
@@ -199,14 +191,6 @@ class Writer:
         return error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_name(f".partial_{path.name}")
-    partial.write_text(text)
-    _flush(partial)
-    partial.rename(path)
-
-
 def _signature(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -217,11 +201,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

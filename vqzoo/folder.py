@@ -8,6 +8,7 @@ from filelock import FileLock, Timeout
 
 from vqzoo import checkpoint
 from vqzoo.errors import UserError
+from vqzoo.files import write_text
 from vqzoo.ops.collective import from_main
 from vqzoo.recipe import Recipe, differences, load_recipe, plain, to_yaml, versions
 
@@ -149,7 +150,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
             whole = to_yaml(replace(recipe, versions=versions(list(recipe.plugins))))
-            checkpoint.write_text(self.path / RECIPE, whole)  # first: it is what makes the folder a run's
+            write_text(self.path / RECIPE, whole)  # first: it is what makes the folder a run's
             for name in (CHECKPOINTS, "tensorboard"):
                 (self.path / name).mkdir(exist_ok=True)
         except OSError as error:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqzoo.data import Batch
 from vqzoo.errors import NonFiniteError
+from vqzoo.files import write_tensors
 from vqzoo.ops import all_reduce_sum, gather_names
 from vqzoo.sharding import local
 
@@ -146,7 +146,7 @@ def keep_evidence(
     place.mkdir(parents=True, exist_ok=True)
     images = torch.cat([batch.images for batch in batches]).contiguous()
     positions = torch.cat([batch.positions for batch in batches])
-    save_file({"images": images, "positions": positions}, place / f"batch_rank{rank}.safetensors")
+    write_tensors(place / f"batch_rank{rank}.safetensors", {"images": images, "positions": positions})
     broken = [f"{whose}.{name}" for whose, module in modules.items() for name, tensor in module.state_dict().items()
               if tensor.is_floating_point() and not local(tensor).isfinite().all()]
     report = {"step": bad.update.step, "batch": bad.update.batch, "what": str(bad), "terms": bad.terms,

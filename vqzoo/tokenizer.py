@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vqzoo.answers import check_finite, check_losses, check_quantized, check_range, check_same, check_seen, check_vectors
@@ -20,6 +20,7 @@ from vqzoo.caller import kind_of
 from vqzoo.codebook import Codebook
 from vqzoo.errors import PluginError, UserError, suggestion
 from vqzoo.features import compiled
+from vqzoo.files import write_tensors
 from vqzoo.hookspecs import ONCE
 from vqzoo.manager import Hooks, find, make_manager
 from vqzoo.networks import Encoder, make_decoder
@@ -363,7 +364,7 @@ class Tokenizer(nn.Module):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            save_file(self._release_state(kept), partial / WEIGHTS, {"format": "pt", "library": "vqzoo"})
+            write_tensors(partial / WEIGHTS, self._release_state(kept), {"format": "pt", "library": "vqzoo"})
             (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             _publish(partial, folder)
         finally:

@@ -33,6 +33,7 @@ from vqzoo.errors import (
 from vqzoo.evaluation import better
 from vqzoo.evaluation.evaluate import Result
 from vqzoo.evaluation.report import card, data_card, hardware, to_json, versions_of_metrics
+from vqzoo.files import write_text
 from vqzoo.folder import RunFolder
 from vqzoo.guard import BadUpdate, Guard, Update, keep_evidence
 from vqzoo.interrupt import StopSignals
@@ -236,6 +237,7 @@ class Trainer:
             leaving = recipe.stages[counters.stage - 1].name if counters.stage else None
             batches = (to_images(batch.images, self.device) for batch in self._preparation_batches())
             self.tokenizer.eval()
+            _seed_everything(_mix(recipe.seed, counters.step, counters.stage, self.rank))
             with torch.no_grad(), sharding.whole(self.tokenizer):
                 self.tokenizer.hooks.enter_stage(
                     leaving=leaving, entering=self.stage, tokenizer=self.tokenizer, batches=batches,
@@ -662,6 +664,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Report the epoch, evaluate, and let the stage end; a run that stops before this is over does all of it again."""
         counters = self.counters
+        _seed_everything(_mix(self.recipe.seed, counters.step, self.rank))
         self._report_epoch()
         reason = self._stage_is_over()
         counters.epoch += 1
@@ -833,7 +836,10 @@ class Trainer:
             return
         self.counters.best = {"metric": chosen, "value": value, "step": self.counters.step,
                               "epoch": self.counters.epoch + 1, "images": metrics["images"]}
-        sharding.export(self.averaged(), self.out / "best", self.main)
+        try:
+            sharding.export(self.averaged(), self.out / "best", self.main)
+        except OSError as error:
+            self.monitor.say(f"{self.out / 'best'} cannot be written: {error}", self.counters.step)
 
     def _note_losses(self, names: list[str]) -> None:
         """Keep the pictures as they are when a loss joins: the adversarial one, above all.
@@ -915,15 +921,18 @@ class Trainer:
         return result
 
     def _write_results(self, result: dict[str, Any]) -> None:
+        problem = None
         try:
             picture = self.pictures.show(self.averaged(), self.monitor, self.counters.step)
             sharding.export(self.averaged(), self.out / "tokenizer", self.main)
             if self.main:
                 save_picture(picture, self.out / "reconstructions.png")
-                checkpoint.write_text(self.out / "metrics.json", to_json(result))
+                write_text(self.out / "metrics.json", to_json(result))
         except OSError as error:
-            raise StorageError(f"{self.out}: the results cannot be written ({error}); with room, --resume auto makes "
-                               "them") from error
+            problem = error
+        if self.agreement.largest(int(problem is not None)):
+            raise StorageError(f"{self.out}: the results cannot be written ({problem or 'see what the main process says'}); "
+                               "with room, --resume auto makes them") from problem
 
 
 def merge_losses(*found: dict[str, Tensor]) -> dict[str, Tensor]:
