@@ -10,6 +10,7 @@ metrics, TensorBoard's curves. Only processes that the campaign started are kill
 
 import argparse
 import json
+import logging
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ class Campaign:
 
     def kill_once(self) -> bool:
         """Let the run go on and kill it; False if it came to its end before."""
-        before = self.newest()
+        before, self.left = self.newest(), self.unfinished()
         process, wait = self.start(self.killed), self.random.uniform(0, self.longest)
         amid = self.kills % 2 == 1
         deadline = time.monotonic() + wait
@@ -83,7 +85,16 @@ class Campaign:
         return True
 
     def writing(self) -> bool:
-        return any((self.killed / "checkpoints").glob(".partial_*"))
+        """Tell whether a checkpoint is being written, or was when the run was killed."""
+        return bool(self.unfinished() - self.left)
+
+    def unfinished(self) -> set[tuple[str, int]]:
+        """Return name and time of each checkpoint that is not finished; one may be left from an earlier kill."""
+        found = set()
+        for path in checkpoint.unfinished(self.killed / "checkpoints"):
+            with suppress(FileNotFoundError):  # finished meanwhile
+                found.add((path.name, path.stat().st_mtime_ns))
+        return found
 
     def newest(self) -> int:
         """Return the step of the newest checkpoint, which must be whole; 0 without one."""
@@ -142,6 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", help="also append the result to this file")
     options, overrides = parser.parse_known_args(arguments)
     torch.set_num_threads(1)
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a run was restarted is no news here
     folder = Path(options.folder or tempfile.mkdtemp(prefix="vqzoo_kills_"))
     folder.mkdir(parents=True, exist_ok=True)
     campaign = Campaign([options.recipe, *overrides], folder, options.seed, options.longest)
