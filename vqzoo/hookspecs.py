@@ -120,8 +120,9 @@ def stage_transition(stage: str, progress: Any) -> Any:
 def enter_stage(leaving: Any, entering: str, tokenizer: Any, batches: Any, generator: Any) -> None:
     """Prepare for a stage: start the codebook from data, for example.
 
-    leaving is None before the first stage. batches iterates over training images [B, 3, H, W] of this process, endlessly.
-    Called without grad before the entering stage's optimizer exists; not when a run resumes.
+    leaving is None before the first stage. The codebook may be changed, encoder and decoder not, which may lie in pieces.
+    batches iterates over training images [B, 3, H, W] of this process, endlessly. Called without grad before the entering
+    stage's optimizer exists; not when a run resumes.
     """
 
 

@@ -68,7 +68,7 @@ def advice(recipe: Recipe, tokenizer: Tokenizer, accelerator: Accelerator, error
     return (f"out of memory: {said}\npredicted per process:{table}\nlargest: {largest[0]}. To need less: "
             f"accumulate={2 * recipe.accumulate} (smaller micro-batches, the same step), less data.batch_size, precision=bf16, "
             "ops.backend=chunked or triton (which never build latents × codes; a plugin that does so by itself needs a smaller "
-            "codebook.size), more processes")
+            "codebook.size), more processes, and shard=true on several GPUs (encoder and decoder in pieces)")
 
 
 def gib(size: int) -> str:
