@@ -57,8 +57,8 @@ BUCKETS = (1 << 20, 25 << 20)
 UPDATE = 60
 """Bytes of memory traffic for a parameter in a step: 28 of Adam, 12 of the average, 4 of the norm, 16 of DDP's buckets."""
 
-JUDGED, COPIED, REST = 4, 2, 150
-"""Operators beside the networks': for each gradient and loss that is judged, for each gradient in a bucket, and all others."""
+COPIED, REST = 2, 150
+"""Operators beside the networks': for each gradient in a bucket, and all others."""
 
 ASSUMED: dict[str, tuple[float, str]] = {
     "tflops": (395.0, "TFLOP/s achieved in bfloat16: half of the 790 reported of GEMMs on an H200, whose cores are an H100's"),
@@ -185,6 +185,9 @@ class Collective:
 NOBODY = len(pickle.dumps([]))
 """Bytes of a list without a name."""
 
+WORD = len(pickle.dumps(True)) + len(pickle.dumps(None))
+"""Bytes of the main process's answer to a question, and of the error that there was not."""
+
 COLLECTIVES = {
     "gradients of the tokenizer": Collective("all_reduce", "float32", "step", lambda s: [s.tokenizer], hidden="tokenizer"),
     "gradients of the discriminator": Collective(
@@ -207,6 +210,8 @@ COLLECTIVES = {
     "a checkpoint's bad files": Collective("all_gather", "uint8", "checkpoint", lambda s: [NOBODY]),
     "an evaluation's codes": Collective("all_reduce", "int64", "evaluation", lambda s: [s.codes]),
     "an evaluation's first images": Collective("all_gather", "int64", "evaluation", lambda s: [s.codes]),
+    "whether an evaluation is the best, bytes": Collective("broadcast", "int64", "evaluation", lambda s: [2]),
+    "whether an evaluation is the best": Collective("broadcast", "uint8", "evaluation", lambda s: [WORD]),
     "weights for a stage": Collective("broadcast", "float32", "stage", lambda s: list(s.weights)),
 }
 """The collectives of training: each line is a prediction, and `--check` its proof."""
@@ -215,6 +220,7 @@ ASIDE = {
     "DDP itself": "torch/nn/parallel/distributed.py",
     "evaluation": "vqzoo/evaluation/",
     "barriers": "barrier",
+    "the results": "_write_results",
 }
 """What the check adds up without a prediction of each call, by a part of its place: none of it is in a step's own way."""
 
@@ -334,8 +340,8 @@ class Work:
 
 def operators_of(work: Work, setting: Setting) -> int:
     """Return about how many operators a step launches."""
-    each = JUDGED + COPIED * (setting.processes > 1)
-    return work.operators * setting.accumulate + each * setting.tensors + JUDGED * setting.losses + REST
+    copied = COPIED * setting.tensors if setting.processes > 1 else 0
+    return work.operators * setting.accumulate + copied + REST
 
 
 class Operators(TorchDispatchMode):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from filelock import FileLock
 from test_resume import Stop, at, crash
 from test_training import VQ, checkpoint_at, exported, run, unequal
 
-from vqzoo import StorageError, UserError, checkpoint, files, folder, manager
+from vqzoo import Interrupted, StorageError, UserError, checkpoint, files, folder, manager
 from vqzoo.recipe import differences, load_recipe, plain
 from vqzoo.trainer import Trainer
 
@@ -300,8 +301,6 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_results_come_later(recip
 
 @pytest.mark.fault(7)
 def test_a_run_told_to_stop_that_cannot_save_says_so(recipe, tmp_path, monkeypatch, listeners):
-    import signal
-
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -410,6 +409,8 @@ def test_other_training_images_are_refused(recipe, stopped, tmp_path):
 def test_a_run_branches_off_from_a_checkpoint_into_a_folder_of_its_own(recipe, stopped, whole, tmp_path):
     run(recipe(MORE), tmp_path / "branch", resume=str(place(stopped, 2)))
     assert not unequal(exported(tmp_path / "branch"), exported(whole)) and steps(tmp_path / "branch")[0] == 6
+    with pytest.raises(UserError, match="is neither a checkpoint nor a run"):
+        Trainer(recipe(MORE), tmp_path / "third", resume="x" * 999)
     assert steps(stopped) == [4, 2]
     run(recipe(MORE), tmp_path / "other", resume=str(stopped))  # a run stands for its newest checkpoint
     assert not unequal(exported(tmp_path / "other"), exported(whole))
@@ -429,7 +430,98 @@ def test_a_finished_run_trains_more_epochs(recipe, whole, tmp_path):
     assert not unequal(checkpoint_at(tmp_path / "run", 10)["optimizer"], checkpoint_at(tmp_path / "straight", 10)["optimizer"])
 
 
+@pytest.mark.fault(9)
+def test_a_branch_goes_on_from_where_it_began_even_if_it_is_killed_at_once(recipe, stopped, tmp_path):
+    Trainer(recipe(MORE), tmp_path / "branch", resume=str(place(stopped, 4) / "manifest.json"))  # and no more
+    assert steps(tmp_path / "branch") == [4]
+    assert Trainer(recipe(MORE), tmp_path / "branch", resume="auto").counters.step == 4
+    shutil.rmtree(stopped)
+    checkpoint.verify(place(tmp_path / "branch", 4))
+
+
+@pytest.mark.fault(6)
+def test_a_damaged_checkpoint_does_not_push_out_those_that_follow(recipe, stopped, listeners):
+    flip(place(stopped, 4) / "tokenizer.safetensors")
+    listeners["quantize"] = at(2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        run(recipe(MORE, "checkpoint.keep=1", "checkpoint.keep_best=false"), stopped, resume="auto")
+    assert steps(stopped) == [3]
+    assert Trainer(recipe(MORE), stopped, resume="auto").counters.step == 3
+    assert [path for path in (stopped / "checkpoints").iterdir() if path.name.startswith(".damaged_step_000000004")]
+
+
+@pytest.mark.fault(10)
+def test_a_users_own_copy_is_left_alone(recipe, stopped):
+    shutil.copytree(place(stopped, 4), stopped / "checkpoints" / "my_backup")
+    run(recipe(MORE, "checkpoint.keep=1"), stopped, resume="auto")
+    assert (stopped / "checkpoints" / "my_backup" / "manifest.json").exists() and place(stopped, 6).exists()
+    assert not place(stopped, 4).exists()
+
+
+def test_what_is_measured_may_change_between_two_runs(recipe, stopped, capsys):
+    before = checkpoint.verify(place(stopped, 4))["state"]["counters"]["best"]
+    assert before == {}
+    other = ["evaluate.epochs=1", "evaluate.best=ssim", "log.drift_images=1", "log.images=1", "optim.schedule=cosine"]
+    with pytest.raises(UserError, match="optim.schedule: 'constant' → 'cosine'"):
+        Trainer(recipe(MORE, *other), stopped, resume="auto")
+    result = run(recipe(MORE, *other, "epochs=4"), stopped, resume="auto", insist=True)
+    assert result["run"]["best"]["metric"] == "ssim" and result["run"]["best"]["step"] >= 4
+    said = capsys.readouterr().err
+    assert "changed: epochs: 3 → 4 (the cosine schedule of the learning rate is stretched from here on)" in said
+
+
+def test_the_best_of_another_measure_is_no_rival(recipe, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("vqzoo.trainer.better", lambda name, value, before: (seen.append((name, before)), True)[1])
+    run(recipe(VQ, "evaluate.epochs=1"), tmp_path / "run")
+    run(recipe(VQ, "evaluate.epochs=1", "epochs=4", "evaluate.best=ssim"), tmp_path / "run", resume="auto")
+    names = [name for name, _ in seen]
+    assert names == ["psnr", "psnr", "ssim", "ssim", "ssim"] and seen[0][1] is None and seen[1][1] is not None
+    assert seen[2][1] is None and seen[3][1] is not None
+
+
+def test_the_best_evaluation_has_a_checkpoint_even_where_none_is_due(recipe, tmp_path, monkeypatch):
+    better = iter([True, False, False, False])
+    monkeypatch.setattr("vqzoo.trainer.better", lambda *_: next(better))
+    run(recipe(VQ, "epochs=4", "evaluate.epochs=1", "checkpoint.epochs=4", "checkpoint.keep=1"), tmp_path / "run")
+    assert steps(tmp_path / "run") == [8, 2]
+
+
+@pytest.mark.fault(14)
+@pytest.mark.parametrize(("key", "value"), [("stage", 7), ("stage", -1), ("best", []), ("epoch", None), ("losses", 5),
+                                            ("batches", -5), ("step_in_epoch", "x"), ("unknown", 1)])
+def test_counters_that_cannot_be_are_refused(recipe, stopped, key, value):
+    path = place(stopped, 4) / "manifest.json"
+    about = json.loads(path.read_text())
+    about.pop("sha256")
+    about["state"]["counters"][key] = value
+    path.write_text(json.dumps({**about, "sha256": checkpoint._signature(about)}))
+    with pytest.raises(UserError, match=f"step_000000004 does not fit this recipe: .*{key}"):
+        Trainer(recipe(MORE), stopped, resume="auto")
+
+
+@pytest.mark.fault(8)
+def test_a_folder_that_is_removed_while_its_run_trains_is_made_again(recipe, tmp_path, listeners, capsys):
+    out = tmp_path / "run"
+    listeners["refresh_codes"] = at(2, lambda: shutil.rmtree(out))
+    run(recipe(MORE), out)
+    assert f"somebody has removed {out}" in capsys.readouterr().err
+    assert steps(out) == [6, 4] and (out / "metrics.json").exists()
+    assert Trainer(recipe(MORE), out, resume="auto").counters.step == 6
+
+
 # ---- two runs, one folder
+
+
+@pytest.mark.fault(16)
+def test_who_waited_for_a_new_folder_does_not_begin_anew_in_it(recipe, tmp_path):
+    late = folder.RunFolder(tmp_path / "run")
+    start = late.find(recipe(MORE))
+    run(recipe(MORE), tmp_path / "run")
+    with pytest.raises(UserError, match="another run has begun in .* meanwhile"):
+        late.claim(recipe(MORE), start)
+    assert steps(tmp_path / "run") == [6, 4, 2]
+
 
 
 @pytest.mark.fault(16)

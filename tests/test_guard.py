@@ -61,7 +61,7 @@ def test_what_is_not_finite_stops_before_the_update_and_leaves_evidence(recipe, 
         job.run()
     after = state(job.tokenizer)
     assert set(unequal(kept[0], after)) <= ({"decoder.last.weight"} | {n for n in after if after[n].isnan().any()})
-    place = tmp_path / "run" / "failures" / "step_000000003"
+    place = tmp_path / "run" / "failures" / "step_000000003_batch_000000003"
     batch = load_file(place / "batch_rank0.safetensors")
     assert torch.equal(batch["images"], job.batches[0].images) and torch.equal(batch["positions"], job.batches[0].positions)
     report = json.loads((place / "report_rank0.json").read_text())
@@ -86,7 +86,7 @@ def test_evidence_that_is_found_late_is_read_again(recipe, tmp_path, listeners, 
     with pytest.raises(NonFiniteError, match=r"^step 1 .* nothing was updated"):
         job.run()
     assert len(seen) == 4
-    batch = load_file(tmp_path / "run" / "failures" / "step_000000001" / "batch_rank0.safetensors")
+    batch = load_file(tmp_path / "run" / "failures" / "step_000000001_batch_000000001" / "batch_rank0.safetensors")
     assert torch.equal(batch["images"], seen[1])
 
 
@@ -109,7 +109,9 @@ def test_skipping_takes_another_batch_and_leaves_no_trace_of_the_bad_one(recipe,
     assert not unequal(before[1], before[2]) and not unequal(before[2], before[3]) and unequal(before[3], before[4])
     said = capsys.readouterr().err
     assert said.count("skipped (guard.policy)") == 2
-    assert len(list((tmp_path / "run" / "failures").iterdir())) == 1  # both were of step 1
+    kept = sorted((tmp_path / "run" / "failures").iterdir())
+    assert [path.name for path in kept] == [f"step_000000001_batch_{batch:09d}" for batch in (1, 2)]
+    assert [json.loads((path / "report_rank0.json").read_text())["batch"] for path in kept] == [1, 2]
 
 
 @pytest.mark.fault(20)
@@ -143,6 +145,22 @@ def test_a_bad_discriminator_is_skipped_and_the_tokenizer_goes_on(recipe, tmp_pa
     result = job.run()
     assert result["run"]["step"] == 8 and job.counters.batches == 8
     assert not unequal(*seen)
+
+
+@pytest.mark.fault(20)
+def test_a_skipped_discriminator_keeps_the_statistics_from_before(recipe, tmp_path, listeners):
+    gan = VQ.replace("probe: {}", "probe: {}, gan: {layers: 1, width: 8, norm: batch}")
+    job = Trainer(recipe(gan, "guard.policy=skip", "discriminator_optim.lr=1e-3", "epochs=3"), tmp_path / "run")
+    original = job._discriminator_step
+
+    def step(images, outputs, progress):
+        if progress.step == 3:
+            outputs[0].reconstructions.fill_(torch.nan)
+        return original(images, outputs, progress)
+
+    job._discriminator_step = step
+    assert job.run()["run"]["step"] == 6
+    assert all(value.isfinite().all() for value in job.discriminator.state_dict().values())
 
 
 @pytest.mark.fault(20)
@@ -225,7 +243,7 @@ def test_a_spike_is_answered_as_the_policy_says(recipe, tmp_path, listeners, pol
         assert result["run"]["step"] == UNKNOWN + 4
         assert job.counters.batches == UNKNOWN + 4 + {"skip": 1, "rollback": bad - 20 + 1}[policy]
         assert "a spike" in capsys.readouterr().err
-    assert (tmp_path / "run" / "failures" / f"step_{bad:09d}" / "report_rank0.json").exists()
+    assert (tmp_path / "run" / "failures" / f"step_{bad:09d}_batch_{bad:09d}" / "report_rank0.json").exists()
 
 
 @pytest.mark.fault(20)

@@ -164,7 +164,8 @@ def test_a_hook_that_fails_within_another_is_named_itself():
     UserError("it says whose fault it is"), PluginError("so does this"), NonFiniteError("and this"), DataError("and this"),
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-    RuntimeError("CUDA error: device-side assert triggered"), KeyboardInterrupt(), SystemExit(3),
+    RuntimeError("CUDA error: device-side assert triggered"), KeyboardInterrupt(),
+    RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"),
 ])
 def test_what_is_no_plugins_fault_passes_unchanged(error):
     def raises(self):
@@ -173,6 +174,15 @@ def test_what_is_no_plugins_fault_passes_unchanged(error):
     with pytest.raises(type(error)) as caught:
         wired(one=plugin(quantize=raises)).quantize(**arguments("quantize"))
     assert caught.value is error
+
+
+@pytest.mark.fault(34)
+def test_a_plugin_that_leaves_the_process_is_named():
+    def leave(self):
+        raise SystemExit(0)
+
+    with pytest.raises(PluginError, match="hook quantize, served by one, raised SystemExit at test_plugin_faults.py"):
+        wired(one=plugin(quantize=leave)).quantize(**arguments("quantize"))
 
 
 def test_a_size_that_no_codebook_can_have_is_the_recipes_mistake(monkeypatch):

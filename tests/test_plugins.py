@@ -696,11 +696,11 @@ def test_an_export_that_fails_half_way_leaves_the_old_one_and_nothing_else(tmp_p
     made = tokenizer("vq")
     made.save_pretrained(tmp_path / "kept")
 
-    def fail(tensors, path, metadata):
+    def fail(path, tensors, metadata):
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("vqzoo.tokenizer.save_file", fail)
+    monkeypatch.setattr("vqzoo.tokenizer.write_tensors", fail)
     for name in ("kept", "new"):
         with pytest.raises(OSError, match="no space left"):
             tokenizer("vq", seed=1).save_pretrained(tmp_path / name)

@@ -1,6 +1,9 @@
+import json
+import math
 import re
 from configparser import ConfigParser
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -382,6 +385,28 @@ optim: {lr: 2e-3, scale: {"encoder.*": 5, "*": 0.1}, clip: 1, betas: [0.5, 0.9]}
     recipe = load_recipe(written(text), ["stages[1].hooks={embedding_loss: []}", "plugins.nsvq={}"])
     assert recipe.data.root == "1e3" and recipe.encoder.pretrained == "weights.pth"
     assert load_recipe(written(to_yaml(recipe))) == recipe
+
+
+def test_null_takes_a_plugin_back(written):
+    path = written(STAGES)
+    with_simvq = load_recipe(path, ["plugins.simvq={}"])
+    assert "simvq" in with_simvq.plugins
+    assert load_recipe(path, ["plugins.simvq={}", "plugins.simvq=null"]) == load_recipe(path)
+
+
+def test_a_recipe_in_plain_has_nothing_that_json_has_not():
+    class Kind(Enum):
+        SOFT = 1
+
+    @dataclass
+    class Config:
+        kind: Kind = Kind.SOFT
+        place: Path = Path("a/b")
+        limits: tuple = (1.0, math.nan)
+
+    assert json.loads(json.dumps(plain(Config())))["kind"] == "SOFT" and plain(Config())["place"] == "a/b"
+    assert difference({"x": math.nan}, {"x": math.nan}) == []
+    assert difference({"x": math.nan}, {"x": 1.0}) == ["x: nan → 1.0"]
 
 
 def test_difference_names_each_key_with_both_values(written):

@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import COMMON, Stop, checkpoint_at, events, exported, run, unequal
 
 from vqzoo import checkpoint
@@ -160,6 +161,20 @@ def interrupt(recipe, listeners, monkeypatch):
     return until
 
 
+@pytest.mark.fault(38)
+def test_tensorboard_shows_one_curve_whatever_the_clock_said(recipe, tmp_path):
+    out = tmp_path / "run"
+    run(recipe(METHODS["vq"]), out)
+    (file,) = (out / "tensorboard").glob("events.*")
+    parts = file.name.split(".")
+    file.rename(file.with_name(".".join([*parts[:3], "9999999999", *parts[4:]])))  # written when the clock was ahead
+    run(recipe(METHODS["vq"], "epochs=5"), out, resume="auto")
+    steps = [e.step for e in events(out).Scalars("loss/l1")]
+    assert steps == sorted(set(steps)) and steps[-1] == 15
+    curve = EventAccumulator(str(out / "tensorboard" / "usage_against_images")).Reload().Scalars("usage_against_images")
+    assert [e.step for e in curve] == [1, 2, 4, 7]
+
+
 @pytest.mark.fault(15)
 def test_what_is_drawn_at_random_does_not_depend_on_where_a_run_began(recipe, listeners, tmp_path):
     drawn = {}
@@ -172,13 +187,21 @@ def test_what_is_drawn_at_random_does_not_depend_on_where_a_run_began(recipe, li
 
         return listener
 
-    listeners["quantize"] = draw("whole")
-    run(recipe(METHODS["vq"]), tmp_path / "whole")
-    job = Trainer(recipe(METHODS["vq"]), tmp_path / "run", resume=str(tmp_path / "whole" / "checkpoints" / "step_000000004"))
+    ends = {"whole": [], "resumed": []}
+
+    def at_an_end(name):
+        return lambda **_: ends[name].append((torch.rand(1).item(), np.random.rand(), random.random())) and None
+
+    listeners.update(quantize=draw("whole"), stage_transition=at_an_end("whole"), enter_stage=at_an_end("whole"))
+    run(recipe(METHODS["vq"], "hooks.stage_transition=[probe, nsvq]"), tmp_path / "whole")
+    newest = tmp_path / "whole" / "checkpoints" / "step_000000006"  # where a stage ends
+    job = Trainer(recipe(METHODS["vq"], "hooks.stage_transition=[probe, nsvq]"), tmp_path / "run", resume=str(newest))
     torch.rand(7), np.random.rand(7), random.random()
-    drawn["resumed"], listeners["quantize"] = {}, draw("resumed")
+    drawn["resumed"] = {}
+    listeners.update(quantize=draw("resumed"), stage_transition=at_an_end("resumed"), enter_stage=at_an_end("resumed"))
     job.run()
-    assert len(drawn["resumed"]) == 8
+    assert len(drawn["resumed"]) == 6
+    assert ends["resumed"] == ends["whole"][-len(ends["resumed"]):] and len(ends["resumed"]) == 2
     assert all(numbers == drawn["whole"][step] for step, numbers in drawn["resumed"].items() if step[0] > 0)
 
 

@@ -157,7 +157,7 @@ def test_codebooks_that_differ_by_one_bit_are_found_and_named(launched):
 @pytest.mark.fault(18)
 def test_a_bad_update_of_one_process_is_skipped_by_both(launched):
     assert [ended["type"] for ended in launched.ended("poisoned")] == 2 * [None]
-    place = launched.folder / "poisoned" / "failures" / "step_000000001"
+    place = launched.folder / "poisoned" / "failures" / "step_000000001_batch_000000001"
     files = {f"{name}_rank{rank}.{end}" for rank in range(2) for name, end in (("batch", "safetensors"), ("report", "json"))}
     assert {path.name for path in place.iterdir()} == {"recipe.yaml", *files}
     for rank in range(PROCESSES):  # each knows what went wrong on the other

@@ -14,7 +14,7 @@ from pluggy import HookImpl
 from torch import Tensor
 
 from vqzoo.codebook import Codebook
-from vqzoo.errors import LOST, SHORT, DataError, NonFiniteError, PluginError, UserError
+from vqzoo.errors import LOST, SHORT, DataError, NonFiniteError, PluginError, PluginRaised, UserError
 
 UNCHANGED = (UserError, PluginError, NonFiniteError, DataError, MemoryError, torch.OutOfMemoryError)
 """What comes out of a hook as it is: it names the culprit already, or is no plugin's fault."""
@@ -58,10 +58,10 @@ class Caller:
             answer = call(**arguments)
         except UNCHANGED:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if any(words in str(error) for words in (*SHORT, *LOST)):  # which is no plugin's fault
                 raise
-            raise PluginError(f"{_blame(self.name, group, error)}: {error}") from error
+            raise PluginRaised(f"{_blame(self.name, group, error)}: {error}") from error
         for argument, part, tensor, version in watched:
             if tensor._version != version:
                 takers = [impl for impl in group if argument in impl.argnames] or group

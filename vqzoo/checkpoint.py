@@ -34,8 +34,7 @@ def save(folder: Path, tensors: Tensors, manifest: dict[str, Any], keep: int, be
     target = folder / f"step_{manifest['step']:09d}"
     partial = folder / f".partial_{target.name}"
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(".*_step_*"):
-        shutil.rmtree(old, ignore_errors=True)
+    _clear(folder)
     try:
         partial.mkdir()
         files = {}
@@ -50,7 +49,7 @@ def save(folder: Path, tensors: Tensors, manifest: dict[str, Any], keep: int, be
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _drop(folder, keep, best)
+    _drop(folder, keep, best, manifest["step"])
     return target
 
 
@@ -66,11 +65,30 @@ def _rename(partial: Path, target: Path) -> None:
     flush(target.parent)
 
 
-def _drop(folder: Path, keep: int, best: int | None) -> None:
-    found = list(complete(folder))
-    for step, path in found[keep:]:
+def _clear(folder: Path) -> None:
+    """Clear away what was never finished, and what made way for another."""
+    for name in (".partial_step_*", ".old_step_*"):
+        for path in folder.glob(name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _drop(folder: Path, keep: int, best: int | None, last: int) -> None:
+    """Drop all but the last checkpoints up to that of step `last`; what has other names or is of later steps is left alone."""
+    own = [(step, path) for step, path in complete(folder) if path.name == f"step_{step:09d}" and step <= last]
+    for step, path in own[keep:]:
         if step != best:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def copy(path: Path, folder: Path) -> None:
+    """Copy a checkpoint into another folder, whole or not at all."""
+    target = folder / f"step_{read(path)['step']:09d}"
+    partial = folder / f".partial_{target.name}"
+    _clear(folder)
+    shutil.copytree(path, partial)
+    for file in (*partial.iterdir(), partial):
+        flush(file)
+    _rename(partial, target)
 
 
 def complete(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -90,15 +108,15 @@ def unfinished(folder: Path) -> list[Path]:
     return sorted(folder.glob(".partial_step_*")) if folder.is_dir() else []
 
 
-def damaged(folder: Path) -> list[str]:
+def damaged(folder: Path) -> dict[Path, str]:
     """Return what is wrong with each folder that was a checkpoint; strangers' files are none."""
-    problems = []
+    problems = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.is_dir() and not path.name.startswith(".") and (path.match("step_*") or (path / MANIFEST).exists()):
             try:
                 read(path)
             except UserError as error:
-                problems.append(str(error))
+                problems[path] = str(error)
     return problems
 
 

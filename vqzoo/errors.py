@@ -28,6 +28,10 @@ class PluginError(Exception):
     """A plugin broke the contract: the text names the plugin, the hook, what came and what was expected."""
 
 
+class PluginRaised(PluginError):
+    """A plugin's implementation of a hook raised; the original error is the cause."""
+
+
 class NonFiniteError(Exception):
     """A loss or a gradient is NaN or infinite: the text names the term and the step; nothing was updated."""
 

@@ -1,5 +1,7 @@
 """A run's folder: who may write there, and from which checkpoint the run goes on."""
 
+import os
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ class Start:
     path: Path | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)
 
 
 class RunFolder:
@@ -38,27 +41,28 @@ class RunFolder:
         self.path, self.resume, self.insist = path, resume, insist
         self.checkpoints = path / CHECKPOINTS
         self._lock: FileLock | None = None
+        self._was_begun = False
 
     def find(self, recipe: Recipe) -> Start:
         """Return where the run starts; a UserError, on every process, if the folder cannot be this run's."""
         return from_main(lambda: self._find(recipe))
 
     def _find(self, recipe: Recipe) -> Start:
-        begun = self._begun()
-        if begun:
+        self._was_begun = self._begun()
+        if self._was_begun:
             self._acquire()
-        source = self._source()
-        if source is None and self.resume not in ("never", "auto"):
-            raise UserError(f"--resume: {self.resume} is neither a checkpoint nor a run that has one")
-        if begun and self.resume == "never":
+        if self._was_begun and self.resume == "never":
             raise UserError(f"{self.path} already holds a run; name another folder with --out, or continue it with "
                             "--resume auto")
-        start = self._newest() if self.resume == "auto" else self._exactly(source)
+        if self.resume in ("never", "auto"):
+            start = self._newest(self.checkpoints) if self.resume == "auto" else Start()
+        else:
+            start = self._named(Path(self.resume))
         if start.path is not None:
-            start.notes += self._changes(start.manifest, recipe)
-        elif begun:
+            start.notes += self._changes(start, recipe)
+        elif self._was_begun:
             then = plain(load_recipe(str(self.path / RECIPE)))
-            self._refuse(differences(then, plain(recipe))[0])
+            self._refuse(self.path, differences(then, plain(recipe))[0])
             start.notes.append(f"{self.path} holds no checkpoint to resume from: starting afresh")
         return start
 
@@ -67,7 +71,8 @@ class RunFolder:
         try:
             if (self.path / RECIPE).exists():
                 if not load_recipe(str(self.path / RECIPE)).versions:
-                    raise UserError(f"--out: {self.path / RECIPE} was not written by a run; name a new folder")
+                    raise UserError(f"--out: {self.path / RECIPE} was not written by a run, or is damaged; name a new folder, "
+                                    f"into which --resume {self.path} goes on if there are checkpoints")
                 return True
             if self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise UserError(f"--out: {self.path} is not empty and holds no run; name a new folder")
@@ -75,86 +80,110 @@ class RunFolder:
             raise UserError(f"--out: {self.path} cannot be used: {error}") from error
         return False
 
-    def _source(self) -> Path | None:
-        """Return the checkpoint that the user named, itself or by its run."""
-        path = Path(self.resume)
-        if self.resume in ("never", "auto") or (path / checkpoint.MANIFEST).is_file():
-            return None if self.resume in ("never", "auto") else path
-        return next((found for _, found in checkpoint.complete(path / CHECKPOINTS)), None)
-
-    def _exactly(self, source: Path | None) -> Start:
-        """Go on from the checkpoint that the user named; in the run's own folder, it must be the newest."""
-        if source is None:
-            return Start()
-        manifest = checkpoint.verify(source)
-        later = [path for step, path in checkpoint.complete(self.checkpoints) if step > manifest["step"]]
+    def _named(self, path: Path) -> Start:
+        """Go on from the checkpoint that the user named, itself or by its run; here, it must be the newest."""
+        path = path.parent if path.name == checkpoint.MANIFEST else path
+        checkpoints = path if path.name == CHECKPOINTS else path / CHECKPOINTS
+        if os.path.isfile(path / checkpoint.MANIFEST):  # unlike Path.is_file, also for a name that is too long
+            start = Start(path, checkpoint.verify(path))
+        else:
+            start = self._newest(checkpoints) if os.path.isdir(checkpoints) else Start()
+        if start.path is None:
+            raise UserError(f"--resume: {self.resume} is neither a checkpoint nor a run that has one")
+        later = [found for step, found in checkpoint.complete(self.checkpoints) if step > start.manifest["step"]]
         if later:
-            raise UserError(f"--resume: {source} is not the newest checkpoint of {self.path}, which would lose {later[0]}; "
-                            "name a new folder with --out to branch off from it")
-        return Start(source, manifest)
+            raise UserError(f"--resume: {start.path} is not the newest checkpoint of {self.path}, which would lose {later[0]}; "
+                            "say --resume auto to go on from the newest, or name a new folder with --out to branch off")
+        return start
 
     def newest(self) -> Start:
         """Return the newest checkpoint of the folder that is whole, the same on every process."""
-        return from_main(self._newest)
+        return from_main(lambda: self._newest(self.checkpoints))
 
-    def _newest(self) -> Start:
+    def _newest(self, checkpoints: Path) -> Start:
         """Go on from the newest checkpoint that is whole; a UserError if there are some and none is."""
-        problems = checkpoint.damaged(self.checkpoints)
-        cut_off = [f"{path}: was never finished; it is passed over" for path in checkpoint.unfinished(self.checkpoints)]
-        for path in (path for _, path in checkpoint.complete(self.checkpoints)):
+        problems, start = checkpoint.damaged(checkpoints), Start()
+        for path in (path for _, path in checkpoint.complete(checkpoints)):
             try:
-                manifest = checkpoint.verify(path)
-                return Start(path, manifest, [*(f"{problem}; it is passed over" for problem in problems), *cut_off])
+                start.path, start.manifest = path, checkpoint.verify(path)
+                break
             except UserError as error:
-                problems.append(str(error))
-        if problems:
-            raise UserError(f"--resume: {self.checkpoints} holds no checkpoint that is whole:\n  " + "\n  ".join(problems)
-                            + "\nmend one, or begin anew in another folder")
-        return Start(notes=cut_off)
+                problems[path] = str(error)
+        else:
+            if problems:
+                said = "\n  ".join(problems.values())
+                raise UserError(f"--resume: {checkpoints} holds no checkpoint that is whole:\n  {said}\nmend one, or begin "
+                                "anew in another folder")
+        start.damaged = list(problems)
+        start.notes = [f"{problem}; it is passed over" for problem in problems.values()]
+        start.notes += [f"{path}: was never finished; it is passed over" for path in checkpoint.unfinished(checkpoints)]
+        return start
 
-    def _changes(self, manifest: dict[str, Any], recipe: Recipe) -> list[str]:
+    def _changes(self, start: Start, recipe: Recipe) -> list[str]:
         """Return what differs from a checkpoint's recipe and plugins, in words; a UserError if that may matter."""
-        matters, harmless = differences(manifest["recipe"], plain(replace(recipe, versions={})))
-        now = versions(list(recipe.plugins))
-        for name, then in manifest["versions"].items():
-            if name in now and now[name] != then:
-                (matters if name.startswith("plugin ") else harmless).append(f"{name}: {then} → {now[name]}")
-        self._refuse(matters)
-        return [f"changed: {line}" for line in matters + harmless]
+        then, now = start.manifest["recipe"], versions(list(recipe.plugins))
+        try:
+            matters, harmless = differences(then, plain(replace(recipe, versions={})))
+        except (TypeError, KeyError, AttributeError) as error:  # a stranger's
+            raise UserError(f"--resume: {start.path}: its recipe is none of this version: {error!r}") from error
+        for name, version in start.manifest["versions"].items():
+            if name in now and now[name] != version:
+                (matters if name.startswith("plugin ") else harmless).append(f"{name}: {version} → {now[name]}")
+        self._refuse(start.path, matters)
+        return [f"changed: {line}{_consequence(line, recipe)}" for line in matters + harmless]
 
-    def _refuse(self, changed: list[str]) -> None:
+    def _refuse(self, whose: Path, changed: list[str]) -> None:
         if changed and not self.insist:
-            raise UserError(f"{self.path} was begun with another recipe and cannot be resumed with this one:\n  "
-                            + "\n  ".join(changed) + "\ntake that back, name another folder with --out, or say --insist")
+            raise UserError(f"{whose} was begun with another recipe and cannot be resumed with this one:\n  "
+                            + "\n  ".join(changed) + "\ntake that back, begin anew in another folder, or say --insist")
 
     def check_images(self, start: Start, content: dict[str, Any]) -> None:
         """Refuse training images other than those with which the run began."""
         then = start.manifest.get("images", content)
         if then != content:
             line = f"training images: {then} → {content}"
-            self._refuse([line])
+            self._refuse(start.path, [line])
             start.notes.append(f"changed: {line}")
-
-    def holds(self, path: Path) -> bool:
-        """Tell whether a checkpoint lies in this folder."""
-        return path.parent.resolve() == self.checkpoints.resolve()
 
     # ---- writing
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the folder this run's and write its resolved recipe; a UserError on every process if that is impossible."""
-        from_main(lambda: self._claim(recipe))
+    def claim(self, recipe: Recipe, start: Start) -> None:
+        """Make the folder this run's, with its resolved recipe and the checkpoint that it goes on from.
 
-    def _claim(self, recipe: Recipe) -> None:
+        A UserError on every process if that is impossible.
+        """
+        from_main(lambda: self._claim(recipe, start))
+
+    def _claim(self, recipe: Recipe, start: Start) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
+            if not self._was_begun and self._begun():
+                raise UserError(f"--out: another run has begun in {self.path} meanwhile; name another folder, or continue it "
+                                "with --resume auto")
             whole = to_yaml(replace(recipe, versions=versions(list(recipe.plugins))))
             write_text(self.path / RECIPE, whole)  # first: it is what makes the folder a run's
             for name in (CHECKPOINTS, "tensorboard"):
                 (self.path / name).mkdir(exist_ok=True)
+            self._take(start)
         except OSError as error:
             raise UserError(f"--out: {self.path} cannot be written: {error}") from error
+
+    def _take(self, start: Start) -> None:
+        """Set damaged checkpoints aside, so that they are in nobody's way, and copy one that comes from another run."""
+        for path in start.damaged:
+            if path.parent == self.checkpoints:
+                path.rename(path.with_name(f".damaged_{path.name}_{time.time_ns()}"))
+        if start.path is not None and start.path.parent.resolve() != self.checkpoints.resolve():
+            checkpoint.copy(start.path, self.checkpoints)
+
+    def mend(self, recipe: Recipe) -> bool:
+        """Make the folder again if somebody has removed it, and tell so."""
+        if (self.path / RECIPE).exists():
+            return False
+        self.release()
+        self._claim(recipe, Start())
+        return True
 
     def _acquire(self) -> None:
         """Hold the folder's lock, which the system takes back however the process ends."""
@@ -175,3 +204,12 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+
+def _consequence(line: str, recipe: Recipe) -> str:
+    """Return what a user should know of a change that is let pass."""
+    if line.startswith("epochs: ") and recipe.optim.schedule != "constant":
+        return f" (the {recipe.optim.schedule} schedule of the learning rate is stretched from here on)"
+    if line.startswith("accumulate: "):
+        return " (what plugins compute of a micro-batch, an adaptive weight for one, is of other images)"
+    return ""

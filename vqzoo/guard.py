@@ -138,9 +138,10 @@ def keep_evidence(
 ) -> Path | None:
     """Write what is needed to see a bad update again: each process's images, the recipe, and a report; None beyond ten.
 
-    folder/step_N holds batch_rankR.safetensors with images [B, 3, H, W] uint8 and positions [B], recipe.yaml, report.json.
+    folder/step_N_batch_M has batch_rankR.safetensors with images [B, 3, H, W] uint8 and positions [B], report_rankR.json and
+    recipe.yaml.
     """
-    place = folder / f"step_{bad.update.step:09d}"
+    place = folder / f"step_{bad.update.step:09d}_batch_{bad.update.batch:09d}"
     if not place.exists() and len(list(folder.glob("step_*"))) >= MOST_EVIDENCE:
         return None
     place.mkdir(parents=True, exist_ok=True)

@@ -98,6 +98,7 @@ class Monitor:
         self._attempt(self._open, anew)
 
     def _open(self, anew: int) -> None:
+        _make_older(self.folder)
         self.writer = SummaryWriter(self.folder, purge_step=anew)
 
     def _attempt(self, write: Callable, *arguments: Any) -> None:
@@ -159,6 +160,16 @@ class Monitor:
         self._write("add_histogram", "codes/age", ages.cpu(), step)
         self._write("add_scalar", "codes/dead", int((counts == 0).sum()), step)
 
+    def curve(self, name: str, points: list[tuple[int, float]]) -> None:
+        """Write a curve whose axis is not steps, as a run of its own that begins anew."""
+        def write() -> None:
+            with SummaryWriter(self.folder / name, purge_step=0) as writer:
+                for place, value in points:
+                    writer.add_scalar(name, value, place)
+
+        if self.writer is not None:
+            self._attempt(write)
+
     def picture(self, name: str, panel: Tensor, step: int) -> None:
         """Write a picture [3, H, W] uint8 to TensorBoard."""
         self._write("add_image", name, panel, step)
@@ -171,6 +182,14 @@ class Monitor:
         if self.bar is not None:
             self.bar.close()
         self._write("close")
+
+
+def _make_older(folder: Path) -> None:
+    """Give files of events that come from the future, of another clock, names from the past: TensorBoard reads by name."""
+    now, files = int(time.time()), [(path, path.name.split(".")) for path in folder.glob("events.out.tfevents.*.*")]
+    late = sorted((path, parts) for path, parts in files if parts[3].isdigit() and int(parts[3]) >= now)
+    for number, (path, parts) in enumerate(late):
+        path.rename(path.with_name(".".join([*parts[:3], f"{now - len(late) + number:010d}", *parts[4:]])))
 
 
 def panel(*images: Tensor) -> Tensor:

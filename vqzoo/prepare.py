@@ -10,7 +10,7 @@ from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import nn
 
 from vqzoo.data import ImageDataset, StreamDataset, make_dataset, train_batches
-from vqzoo.errors import PluginError, UserError, suggestion
+from vqzoo.errors import PluginRaised, UserError, suggestion
 from vqzoo.evaluation import CROPS, PROTOCOLS
 from vqzoo.evaluation.evaluate import Evaluator
 from vqzoo.hookspecs import ONCE
@@ -142,8 +142,8 @@ def _rehearse_losses(tokenizer: Tokenizer, discriminator: nn.Module | None, reci
             rehearsed.append(served)
             try:
                 _rehearse_stage(tokenizer, discriminator, images, recipe.stages[number].name)
-            except (PluginError, RuntimeError, ValueError) as error:
-                if isinstance(error, PluginError) and not isinstance(error.__cause__, RuntimeError | ValueError):
+            except (PluginRaised, RuntimeError, ValueError) as error:
+                if isinstance(error, PluginRaised) and not isinstance(error.__cause__, RuntimeError | ValueError):
                     raise
                 servers = ", ".join(dict.fromkeys([*served[0], *served[1]]))
                 raise UserError(f"stages[{number}]: the losses of {servers} cannot be had for {count} image(s) of "

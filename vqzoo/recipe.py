@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,10 @@ PLAIN = re.compile(r"\$\{[^${}:]*\}")
 
 HARMLESS = ("accumulate", "checkpoint", "data.bad_files", "data.eval_batch_size", "data.root", "data.workers", "evaluate",
             "guard", "log", "ops.backend", "shard", "versions")
-"""The keys whose change does not alter what a run trains, or by rounding alone; that the images are the same is seen to."""
+"""The keys whose change alters nothing of what a run trains, or no more than another number of processes does.
+
+That the images below data.root are the same is seen to.
+"""
 
 POLICIES = ("stop", "skip", "rollback")
 
@@ -358,6 +362,9 @@ def _override(raw: DictConfig, override: str) -> None:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
         refuse_resolvers(value, f"override {override!r}", key)
         _check_index(raw, key, override)
+        if text.strip() == "null" and re.fullmatch(r"plugins\.[^.\[]+", key.strip()):  # as in a file that extends another
+            raw.get("plugins", {}).pop(key.strip().partition(".")[2], None)
+            return
         OmegaConf.update(raw, key, value, merge=False)
     except (OmegaConfBaseException, YAMLError, IndexError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"override {override!r}: {str(error).splitlines()[0]}") from error
@@ -485,14 +492,16 @@ def _check_stages(recipe: Recipe, refuse: Any) -> None:
 
 
 def plain(config: Any) -> Any:
-    """Return a recipe or a part of one as dicts, lists and scalars."""
+    """Return a recipe or a part of one as dicts, lists and scalars, as YAML and JSON have them."""
     if is_dataclass(config):
         return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
     if isinstance(config, dict):
         return {str(key): plain(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
         return [plain(value) for value in config]
-    return config
+    if isinstance(config, Enum):
+        return config.name
+    return str(config) if isinstance(config, Path) else config
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -519,7 +528,7 @@ def difference(one: Any, other: Any, key: str = "") -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         keys = [*one, *(k for k in other if k not in one)]
         return [line for k in keys for line in difference(one.get(k), other.get(k), f"{key}.{k}" if key else str(k))]
-    return [] if one == other else [f"{key}: {one!r} → {other!r}"]
+    return [] if one == other or one != one and other != other else [f"{key}: {one!r} → {other!r}"]  # NaN is NaN
 
 
 def differences(then: Any, now: Any) -> tuple[list[str], list[str]]:

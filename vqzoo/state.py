@@ -1,6 +1,6 @@
 """The state of a run: all that a checkpoint holds, and so all that a run which goes on has of the one before."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,28 @@ def restore(trainer: Any, path: Path) -> None:
     found, about = checkpoint.load(path)
     try:
         _take(trainer, found, about["state"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # another codebook, say, that somebody insisted on
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:  # of another codebook, say
         raise UserError(f"--resume: {path} does not fit this recipe: {error}") from error
+
+
+def _counters(values: dict[str, Any], stages: int) -> Counters:
+    """Return counters of a checkpoint, a stranger's perhaps: each of its kind, none negative."""
+    counters = Counters(**values)
+    for one in fields(Counters):
+        value = getattr(counters, one.name)
+        kind = type(getattr(Counters(), one.name))
+        if type(value) is not kind or (kind in (int, float) and value < 0):
+            raise ValueError(f"{one.name} is {value!r}")
+    if counters.stage >= stages:
+        raise ValueError(f"stage {counters.stage} is none of {stages}")
+    return counters
 
 
 def _take(trainer: Any, found: checkpoint.Tensors, state: dict[str, Any]) -> None:
     def placed(kind: str) -> dict[str, Tensor]:
         return {name: value.to(trainer.device) for name, value in found[kind].items()}
 
-    trainer.counters = Counters(**state["counters"])
+    trainer.counters = _counters(state["counters"], len(trainer.recipe.stages))
     load(trainer.tokenizer, found["tokenizer"])
     if trainer.ema is not trainer.tokenizer:
         load(trainer.ema, found["average"])
@@ -102,7 +115,8 @@ def _take(trainer: Any, found: checkpoint.Tensors, state: dict[str, Any]) -> Non
     trainer.code_ages = placed("codes")["age"]
     trainer.tally = Tally.restore(placed("epoch"), state["epoch"], trainer.rank, trainer.processes)
     drift = placed("drift")
-    trainer.drift.latents, trainer.drift.indices = drift.get("latents"), drift.get("indices")
+    if all(len(seen) == len(trainer.drift.images) for seen in drift.values()):
+        trainer.drift.latents, trainer.drift.indices = drift.get("latents"), drift.get("indices")
     trainer.pictures.take(placed("pictures_before"))
     trainer.record = state["record"] if trainer.main else {}
     trainer.guard.usual, trainer.guard.seen = state["usual_loss"]

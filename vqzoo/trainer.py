@@ -111,12 +111,11 @@ class Trainer:
         self.pictures = Pictures(self.fixed[: recipe.log.images])
         self.record: dict[str, float] = {}
         self._reset_tally()
-        # the newest checkpoint in the folder is not written twice
-        self.saved_step = self.start.manifest["step"] if self.start.path and self.folder.holds(self.start.path) else None
+        self.saved_step: int | None = self.start.manifest.get("step")  # which is not written twice
         if self.start.path:
             state.restore(self, self.start.path)
         self.train_batches = self._training_stream()
-        self.folder.claim(recipe)
+        self.folder.claim(recipe, self.start)
 
     def _compile(self) -> None:
         """Have the networks compiled when they first train, if the recipe wants it; hooks and averages stay as they are."""
@@ -419,8 +418,7 @@ class Trainer:
         self._note_losses(list(losses))
         sources = dict.fromkeys(losses, "reconstruction_loss") | dict.fromkeys(output.losses, "embedding_loss")
         if not self._apply(self.optimizer, self.tokenizer, self.recipe.optim.clip, self._told(losses, sources), checks):
-            for buffer, value in before:
-                buffer.copy_(value)
+            _undo(before)
             return None
         return losses, outputs, images
 
@@ -446,6 +444,7 @@ class Trainer:
         self._train_discriminator(True)
         set_learning_rate(self.discriminator_optimizer, config, self.counters.step, self.steps)
         losses: dict[str, Tensor] = {}
+        before = self._moved_by_forward()
         for number, (real, output) in enumerate(zip(images, outputs, strict=True)):
             with self._no_sync_but_last(self.discriminator_model, number), self.accelerator.autocast():
                 found = self.tokenizer.discriminator_losses(real, output.reconstructions, self.discriminator_model, progress)
@@ -458,6 +457,8 @@ class Trainer:
         self._check_every_parameter_has_a_gradient(self.discriminator)
         told = self._told(losses, dict.fromkeys(losses, "discriminator_loss"))
         done = self._apply(self.discriminator_optimizer, self.discriminator, config.clip, told, {})
+        if not done:
+            _undo(before)
         return losses if done or self.recipe.precision == "fp16" else {}
 
     def _no_sync_but_last(self, model: nn.Module, number: int) -> Any:
@@ -718,6 +719,7 @@ class Trainer:
         if counters.step % log.steps and counters.step_in_epoch < self.steps_per_epoch:
             return
         losses = self.tally.take_recent()
+        self._report_unsaved()
         reports = self.tokenizer.report(self._progress())
         self._check_processes()
         seconds = time.monotonic() - self.logged_at
@@ -832,14 +834,17 @@ class Trainer:
         candidates = [self.evaluator.name_of(name) for name in ([config.best] if config.best else config.metrics)]
         chosen = next((name for name in candidates if name in metrics), "")
         value = metrics.get(chosen, math.nan)
-        if not from_main(lambda: better(chosen, value, self.counters.best.get("value"))):
+        measured = {"metric": chosen, "protocol": config.protocol, "images": metrics["images"]}
+        before = self.counters.best if measured.items() <= self.counters.best.items() else {}  # else it was another measure
+        if not from_main(lambda: better(chosen, value, before.get("value"))):
             return
-        self.counters.best = {"metric": chosen, "value": value, "step": self.counters.step,
-                              "epoch": self.counters.epoch + 1, "images": metrics["images"]}
         try:
             sharding.export(self.averaged(), self.out / "best", self.main)
         except OSError as error:
             self.monitor.say(f"{self.out / 'best'} cannot be written: {error}", self.counters.step)
+        self.counters.best = {**measured, "value": value, "step": self.counters.step, "epoch": self.counters.epoch + 1}
+        if self.recipe.checkpoint.keep_best:
+            self._save()
 
     def _note_losses(self, names: list[str]) -> None:
         """Keep the pictures as they are when a loss joins: the adversarial one, above all.
@@ -872,6 +877,8 @@ class Trainer:
         tensors = state.tensors(self, tally)
         if not self.main:
             return
+        if self.folder.mend(self.recipe):
+            self.monitor.say(f"somebody has removed {self.out}: it is made again, what was in it is gone", counters.step)
         self.monitor.flush()  # what was shown up to here must not be lost with what follows
         counters.seconds = time.monotonic() - self.began
         keep, best = self.recipe.checkpoint.keep, counters.best.get("step") if self.recipe.checkpoint.keep_best else None
@@ -915,8 +922,7 @@ class Trainer:
         self._report_unsaved()
         self._write_results(result)
         self.monitor.scalars(found.metrics, counters.step, "final")
-        for images, share in found.usage_curve:  # the axis is images, not steps
-            self.monitor.scalars({"usage_against_images": share}, images, "final")
+        self.monitor.curve("usage_against_images", found.usage_curve)
         self.accelerator.wait_for_everyone()
         return result
 
@@ -957,6 +963,12 @@ def _after(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
         yield from rest
     finally:
         rest.close()
+
+
+def _undo(moved: list[tuple[Tensor, Tensor]]) -> None:
+    """Give buffers the values that they had."""
+    for buffer, value in moved:
+        buffer.copy_(value)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
