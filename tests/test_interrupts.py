@@ -140,6 +140,29 @@ def test_a_run_whose_worker_dies_saves_and_says_so(recipe, tmp_path, listeners):
     assert not unequal(exported(tmp_path / "run"), exported(tmp_path / "whole"))
 
 
+@pytest.mark.fault(31)
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end workers with their run")
+def test_the_workers_of_a_killed_run_end_with_it(started):
+    job = started("data.workers=2")
+    job.wait_for("train 3/")
+    children = Path(f"/proc/{job.process.pid}/task/{job.process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    job.process.kill()
+    job.process.wait()
+    ended = time.monotonic() + 3  # torch's own look comes after five seconds
+    while any(alive(child) for child in children) and time.monotonic() < ended:
+        time.sleep(0.05)
+    assert not [child for child in children if alive(child)]
+
+
+def alive(process):
+    """Tell whether a process is there and more than an entry that nobody has read."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.fault(3)
 def test_five_kills_lose_nothing(tmp_path):
     script = ROOT / "benchmarks" / "kills.py"

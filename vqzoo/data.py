@@ -1,12 +1,14 @@
 """Images: where they come from, in which order they are seen, and what becomes of files that do not decode."""
 
 import atexit
+import ctypes
 import functools
 import hashlib
 import importlib.resources
 import importlib.util
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -48,6 +50,7 @@ TIMM = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", 
 STUCK = 600  # seconds after which workers that give nothing are an error
 WATCH = 2  # seconds between two looks at whether the workers live
 MOST_NAMED = 3  # files that a note names
+SET_PARENT_DEATH_SIGNAL = 1  # prctl's, of Linux
 
 
 @dataclass
@@ -814,7 +817,7 @@ def _start(dataset: Dataset, workers: int, how: dict[str, Any]) -> tuple[Iterato
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         timeout=WATCH if workers else 0,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # else each loader would advance the global generator
         **how,
     )
@@ -859,6 +862,13 @@ def _closed_at_exit(samples: Iterator[Any]) -> Iterator[Any]:
     return samples
 
 
-def _outlive_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    """Let a worker outlive a signal to the whole group, which its run answers by saving, but never its run.
+
+    torch's workers look every few seconds whether their parent lives, but not while they wait for the rest of what it had
+    begun to send when it was killed: so Linux is asked to end them with it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
