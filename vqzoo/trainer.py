@@ -667,6 +667,7 @@ class Trainer:
         counters = self.counters
         _seed_everything(_mix(self.recipe.seed, counters.step, self.rank))
         self._report_epoch()
+        self._warn_of_collapse()  # only now: whoever goes on from a checkpoint of this evaluation must hear it again
         reason = self._stage_is_over()
         counters.epoch += 1
         counters.epoch_in_stage += 1
@@ -783,7 +784,6 @@ class Trainer:
                      "replaced": int(tally.replaced)}
             self.monitor.scalars(codes, step, "codes")
             self.monitor.codes(tally.counts, self.code_ages, step)
-            self._warn_of_collapse(codes["usage"])
         if epoch % recipe.evaluate.epochs and epoch != recipe.epochs:
             return
         found, images = self._evaluate(recipe.evaluate.images), recipe.evaluate.images
@@ -794,9 +794,12 @@ class Trainer:
         if epoch < recipe.epochs:  # the last pictures are made at the end
             self.pictures.show(self.averaged(), self.monitor, step)
 
-    def _warn_of_collapse(self, share: float) -> None:
+    def _warn_of_collapse(self) -> None:
         """Say so when an epoch uses few of the codes that its latents could have reached, and did not before."""
         codes, assigned = self.tokenizer.codebook.size, int(self.tally.counts.sum())
+        if not assigned:
+            return
+        share = float(usage(self.tally.counts))
         reached = share / min(1.0, assigned / codes)
         low, before = reached < self.recipe.log.collapse, self.counters.collapsed
         self.counters.collapsed = low
