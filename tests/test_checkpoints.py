@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from filelock import FileLock
 from test_resume import Stop, at, crash
 from test_training import VQ, checkpoint_at, exported, run, unequal
 
-from vqzoo import Interrupted, StorageError, UserError, checkpoint, files, folder, manager
+from vqzoo import Interrupted, StorageError, UserError, checkpoint, files, folder, manager, sharding
 from vqzoo.recipe import differences, load_recipe, plain
 from vqzoo.trainer import Trainer
 
@@ -92,13 +93,13 @@ def test_old_checkpoints_go_only_when_the_new_one_is_in_its_place(tmp_path, monk
     seen, remove = [], shutil.rmtree
 
     def watched(path, **how):
-        if not Path(path).name.startswith("."):
+        if Path(path).exists():
             seen.append((Path(path).name, [step for step, _ in checkpoint.complete(tmp_path)]))
         remove(path, **how)
 
     monkeypatch.setattr(shutil, "rmtree", watched)
     checkpoint.save(tmp_path, tensors(), manifest(2), keep=1)
-    assert seen == [("step_000000001", [2, 1])]
+    assert seen == [(".old_step_000000001", [2])]
 
 
 def test_every_file_is_flushed_before_the_folder_gets_its_name(tmp_path, monkeypatch):
@@ -297,6 +298,51 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_results_come_later(recip
     filler.unlink()
     run(recipe(MORE, "evaluate.epochs=1"), out, resume="auto")
     assert not unequal(exported(out), exported(whole))
+
+
+@pytest.mark.fault(7)
+def test_a_best_that_cannot_be_written_is_none(recipe, tmp_path, monkeypatch, capsys):
+    export, failing = sharding.export, iter([True, False])
+
+    def fail(tokenizer, folder, main):
+        if folder.name == "best" and next(failing):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        export(tokenizer, folder, main)
+
+    monkeypatch.setattr(sharding, "export", fail)
+    monkeypatch.setattr("vqzoo.trainer.better", lambda name, value, before: before is None)
+    result = run(recipe(VQ, "evaluate.epochs=1"), tmp_path / "run")
+    assert "best cannot be written: [Errno 28]" in capsys.readouterr().err
+    assert result["run"]["best"]["step"] == 4 and (tmp_path / "run" / "best" / "config.json").exists()
+
+
+@pytest.mark.fault(7)
+def test_the_error_of_one_checkpoint_is_not_taken_for_anothers(recipe, tmp_path, monkeypatch, listeners, capsys):
+    save, failing = checkpoint.save, iter([True])
+
+    def fail(*arguments):
+        if next(failing, False):
+            time.sleep(0.5)  # longer than the next step takes
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    listeners["quantize"] = at(2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        run(recipe(MORE), tmp_path / "run")
+    assert steps(tmp_path / "run") == [3] and "a checkpoint could not be written" in capsys.readouterr().err
+
+
+@pytest.mark.fault(3)
+def test_a_process_killed_while_it_drops_an_old_checkpoint_leaves_no_damage(tmp_path, monkeypatch):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, tensors(), manifest(step), keep=2)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: [file.unlink() for file in Path(path).glob("manifest.json")])
+    checkpoint.save(tmp_path, tensors(), manifest(3), keep=2)
+    monkeypatch.undo()
+    assert checkpoint.damaged(tmp_path) == {} and list(tmp_path.glob(".old_*"))
+    checkpoint.save(tmp_path, tensors(), manifest(4), keep=2)
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.fault(7)
@@ -501,12 +547,13 @@ def test_counters_that_cannot_be_are_refused(recipe, stopped, key, value):
 
 
 @pytest.mark.fault(8)
-def test_a_folder_that_is_removed_while_its_run_trains_is_made_again(recipe, tmp_path, listeners, capsys):
+@pytest.mark.parametrize("due", [["checkpoint.epochs=1"], ["checkpoint.epochs=3", "evaluate.epochs=1"]])
+def test_a_folder_that_is_removed_while_its_run_trains_is_made_again(recipe, tmp_path, listeners, capsys, due):
     out = tmp_path / "run"
     listeners["refresh_codes"] = at(2, lambda: shutil.rmtree(out))
-    run(recipe(MORE), out)
+    run(recipe(MORE, *due), out)
     assert f"somebody has removed {out}" in capsys.readouterr().err
-    assert steps(out) == [6, 4] and (out / "metrics.json").exists()
+    assert steps(out)[0] == 6 and (out / "metrics.json").exists() and list((out / "tensorboard").glob("events.*"))
     assert Trainer(recipe(MORE), out, resume="auto").counters.step == 6
 
 

@@ -141,6 +141,20 @@ def test_a_run_whose_worker_dies_saves_and_says_so(recipe, tmp_path, listeners):
 
 
 @pytest.mark.fault(31)
+def test_images_that_are_lost_within_an_evaluation_are_saved_from_too(recipe, tmp_path, monkeypatch):
+    job = Trainer(recipe(VQ, "evaluate.epochs=1", "checkpoint.epochs=9"), tmp_path / "run")
+
+    def lost(*_):
+        raise DataError("images can no longer be read: a worker died")
+        yield
+
+    monkeypatch.setattr("vqzoo.trainer.eval_batches", lost)
+    with pytest.raises(DataError, match="a worker died"):
+        job.run()
+    assert newest(tmp_path / "run") == 2
+
+
+@pytest.mark.fault(31)
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end workers with their run")
 def test_the_workers_of_a_killed_run_end_with_it(started):
     job = started("data.workers=2")

@@ -9,6 +9,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,6 @@ def save(folder: Path, tensors: Tensors, manifest: dict[str, Any], keep: int, be
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         whole = {"format": FORMAT, **manifest, "files": files}
         write_text(partial / MANIFEST, json.dumps({**whole, "sha256": _signature(whole)}, indent=2) + "\n")
-        flush(partial)
         _rename(partial, target)
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
@@ -75,9 +75,11 @@ def _clear(folder: Path) -> None:
 def _drop(folder: Path, keep: int, best: int | None, last: int) -> None:
     """Drop all but the last checkpoints up to that of step `last`; what has other names or is of later steps is left alone."""
     own = [(step, path) for step, path in complete(folder) if path.name == f"step_{step:09d}" and step <= last]
-    for step, path in own[keep:]:
-        if step != best:
-            shutil.rmtree(path, ignore_errors=True)
+    for _, path in (found for found in own[keep:] if found[0] != best):
+        gone = path.with_name(f".old_{path.name}")  # what is cut off from here on is no damaged checkpoint, and cleared later
+        with suppress(OSError):
+            path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def copy(path: Path, folder: Path) -> None:

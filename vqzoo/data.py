@@ -845,9 +845,11 @@ def _deaths_seen_by_looking() -> Iterator[None]:
     """Keep torch from having SIGCHLD raise at whatever line the program is, as in a half-done update, when a worker dies."""
     number = getattr(signal, "SIGCHLD", None)
     before = signal.getsignal(number) if number else None
-    yield
-    if number and threading.current_thread() is threading.main_thread():
-        signal.signal(number, before or signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if number and threading.current_thread() is threading.main_thread():
+            signal.signal(number, before or signal.SIG_DFL)
 
 
 def _closed_at_exit(samples: Iterator[Any]) -> Iterator[Any]:

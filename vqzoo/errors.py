@@ -9,8 +9,8 @@ MOST_NAMED = 16
 LOST = ("CUDA error", "NCCL", "ncclSystemError", "Gloo", "gloo", "Connection closed by peer", "Connection reset by peer")
 """Words in the errors of devices and processes that are gone."""
 
-SHORT = ("DefaultCPUAllocator",)
-"""Words in the errors of a host that has no more memory."""
+SHORT = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Words in the errors of a host or a device that has no more memory, beside torch's own class."""
 
 
 class UserError(Exception):

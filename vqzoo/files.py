@@ -13,6 +13,7 @@ def write_text(path: Path, text: str) -> None:
     partial.write_text(text)
     flush(partial)
     partial.rename(path)
+    flush(path.parent)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

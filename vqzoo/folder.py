@@ -166,6 +166,7 @@ class RunFolder:
             for name in (CHECKPOINTS, "tensorboard"):
                 (self.path / name).mkdir(exist_ok=True)
             self._take(start)
+            self._was_begun = True
         except OSError as error:
             raise UserError(f"--out: {self.path} cannot be written: {error}") from error
 
@@ -178,8 +179,9 @@ class RunFolder:
             checkpoint.copy(start.path, self.checkpoints)
 
     def mend(self, recipe: Recipe) -> bool:
-        """Make the folder again if somebody has removed it, and tell so."""
-        if (self.path / RECIPE).exists():
+        """Make the folder again if somebody has removed it, and tell so; a UserError if another run is there now."""
+        lock = self.path / LOCK
+        if (self.path / RECIPE).exists() and lock.exists() and lock.stat().st_ino == self._inode:
             return False
         self.release()
         self._claim(recipe, Start())
@@ -197,7 +199,7 @@ class RunFolder:
                             "folder") from error
         except OSError as error:
             raise UserError(f"--out: {self.path} cannot be written: {error}") from error
-        self._lock = lock
+        self._lock, self._inode = lock, os.stat(self.path / LOCK).st_ino
 
     def release(self) -> None:
         """Let another run have the folder."""

@@ -145,9 +145,10 @@ def keep_evidence(
     if not place.exists() and len(list(folder.glob("step_*"))) >= MOST_EVIDENCE:
         return None
     place.mkdir(parents=True, exist_ok=True)
-    images = torch.cat([batch.images for batch in batches]).contiguous()
-    positions = torch.cat([batch.positions for batch in batches])
-    write_tensors(place / f"batch_rank{rank}.safetensors", {"images": images, "positions": positions})
+    if batches:
+        parts = {"images": [batch.images for batch in batches], "positions": [batch.positions for batch in batches]}
+        joined = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+        write_tensors(place / f"batch_rank{rank}.safetensors", joined)
     broken = [f"{whose}.{name}" for whose, module in modules.items() for name, tensor in module.state_dict().items()
               if tensor.is_floating_point() and not local(tensor).isfinite().all()]
     report = {"step": bad.update.step, "batch": bad.update.batch, "what": str(bad), "terms": bad.terms,

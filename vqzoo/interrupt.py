@@ -40,7 +40,7 @@ class StopSignals:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
         if self._write is not None:
             signal.set_wakeup_fd(self._fd_before)
             os.close(self._write)  # which ends the thread

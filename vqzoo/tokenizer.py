@@ -20,7 +20,7 @@ from vqzoo.caller import kind_of
 from vqzoo.codebook import Codebook
 from vqzoo.errors import PluginError, UserError, suggestion
 from vqzoo.features import compiled
-from vqzoo.files import write_tensors
+from vqzoo.files import write_tensors, write_text
 from vqzoo.hookspecs import ONCE
 from vqzoo.manager import Hooks, find, make_manager
 from vqzoo.networks import Encoder, make_decoder
@@ -365,7 +365,7 @@ class Tokenizer(nn.Module):
         partial.mkdir(parents=True)
         try:
             write_tensors(partial / WEIGHTS, self._release_state(kept), {"format": "pt", "library": "vqzoo"})
-            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            write_text(partial / CONFIG, json.dumps(config, indent=2) + "\n")
             _publish(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

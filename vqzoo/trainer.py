@@ -6,7 +6,7 @@ import random
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +110,7 @@ class Trainer:
         self.drift = Drift(self.fixed[: recipe.log.drift_images])
         self.pictures = Pictures(self.fixed[: recipe.log.images])
         self.record: dict[str, float] = {}
+        self.bad_files: list[str] = []
         self._reset_tally()
         self.saved_step: int | None = self.start.manifest.get("step")  # which is not written twice
         if self.start.path:
@@ -245,6 +246,7 @@ class Trainer:
         self._make_optimizers()
         self._follow_replaced()
         self._checked_gradients: list[nn.Module] = []
+        self.logged_step, self.logged_at = counters.step, time.monotonic()
 
     def _preparation_batches(self) -> Iterator[Batch]:
         """Yield training images beside the run's own stream, which must not move."""
@@ -252,7 +254,9 @@ class Trainer:
         stream = train_batches(replace(recipe.data, workers=0), self.train_data, recipe.seed, 0,
                                self.accelerator.process_index, self.accelerator.num_processes, recipe.accumulate)
         try:
-            yield from stream
+            for batch in stream:
+                self.bad_files += batch.bad
+                yield batch
         finally:
             stream.close()
 
@@ -305,18 +309,18 @@ class Trainer:
     def _reset_tally(self) -> None:
         codes = self.tokenizer.codebook.size
         self.tally = Tally(torch.zeros(codes, dtype=torch.int64, device=self.device))
-        self.bad_files: list[str] = []
-        self.logged_at = time.monotonic()
+        self.logged_step, self.logged_at = self.counters.step, time.monotonic()
 
     def _train_epoch(self) -> None:
         """Train what an epoch still lacks: a resumed one may lack no more than its end."""
         counters = self.counters
         while counters.step_in_epoch < self.steps_per_epoch:
-            self.batches, problem = self._next_batches()
-            self._stop_if_asked(problem)
+            batches, problem = self._next_batches()
             ends = counters.step_in_epoch + 1 == self.steps_per_epoch
             try:
-                done = self._step(self.batches, ends)
+                self._stop_if_asked(problem)
+                self.batches = batches
+                done = self._step(batches, ends)
             except BadUpdate as bad:
                 self._keep_evidence(bad)
                 raise
@@ -344,9 +348,9 @@ class Trainer:
 
     def _stop_if_asked(self, problem: Exception | None = None) -> None:
         """Save and leave, all processes together, if one has received a signal or cannot go on; called between two steps."""
-        if problem and self.processes > ASKED:  # at another time, the rest would not be asked
-            raise problem
-        if not problem and self.counters.batches % max(1, self.processes // ASKED):
+        if self.counters.batches % max(1, self.processes // ASKED):
+            if problem:  # the rest are not asked now
+                raise problem
             return
         wish = self.agreement.largest(UNREADABLE if problem else self.signals.received)
         if not wish:
@@ -498,13 +502,13 @@ class Trainer:
         try:
             self.guard.judge(update, losses, norms, checks)
         except BadUpdate as bad:
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.update()  # which would otherwise be thought to have been asked twice
             if self.recipe.guard.policy != "skip":
                 raise
             self._keep_evidence(bad)
             self.monitor.say(f"{bad}; skipped (guard.policy)", self.counters.step)
             self.guard.forgive()
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.update()  # which would otherwise be thought to have been asked twice
             return False
         return True
 
@@ -521,23 +525,29 @@ class Trainer:
 
     def _keep_evidence(self, bad: BadUpdate) -> None:
         """Leave in failures/ what is needed to see a bad update again: its batch, the recipe, the report."""
-        counters, update, batches = self.counters, bad.update, self.batches
-        if update.batch != counters.batches - 1:  # one that was found out later; its images are read again
-            start = update.batch * self.recipe.data.batch_size
-            stream = train_batches(replace(self.recipe.data, workers=0), self.train_data, self.recipe.seed, start, self.rank,
-                                   self.processes, self.recipe.accumulate)
-            batches = [next(stream) for _ in range(self.recipe.accumulate)]
-            stream.close()
+        counters = self.counters
         modules = {"tokenizer": self.tokenizer} | ({} if self.discriminator is None else {"discriminator": self.discriminator})
         about = {"epoch": counters.epoch, "stage": self.stage, "process": self.rank, "processes": self.processes,
                  "policy": self.recipe.guard.policy, "checkpoint_step": self.saved_step,
                  "versions": versions(list(self.recipe.plugins))}
         try:
+            batches = self._batches_of(bad.update)
             place = keep_evidence(self.out / "failures", bad, self.rank, batches, modules, about, to_yaml(self.recipe))
-        except OSError as error:
-            self.monitor.say(f"{self.out / 'failures'} cannot be written: {error}")
+        except (OSError, DataError, UserError) as error:
+            self.monitor.say(f"there is no evidence of the bad update in {self.out / 'failures'}: {error}")
         else:
             self.monitor.say(f"evidence of the bad update: {place or 'none is kept beyond what failures/ holds'}")
+
+    def _batches_of(self, update: Update) -> list[Batch]:
+        """Return the images of an update: those at hand, or, if it was found out later, read again; none of a stream."""
+        if update.batch == self.counters.batches - 1:
+            return self.batches
+        if isinstance(self.train_data, StreamDataset):
+            return []
+        start = update.batch * self.recipe.data.batch_size
+        with closing(train_batches(replace(self.recipe.data, workers=0), self.train_data, self.recipe.seed, start, self.rank,
+                                   self.processes, self.recipe.accumulate)) as stream:
+            return [next(stream) for _ in range(self.recipe.accumulate)]
 
     def _roll_back(self, bad: BadUpdate) -> None:
         """Go back to the last checkpoint and on with other batches, if the policy says so; else raise."""
@@ -552,14 +562,16 @@ class Trainer:
             why = f"it has been {again} times (guard.most)" if start.path else "there is no checkpoint yet"
             raise NonFiniteError(f"{bad}; it cannot be rolled back: {why}") from bad
         event = {"step": bad.update.step, "batch": bad.update.batch, "to": step, "reason": str(bad)}
-        batches, rollbacks = counters.batches, [*counters.rollbacks, event]
+        # the bad batch is not seen again; what was found and exported stands
+        kept = {name: getattr(counters, name) for name in ("batches", "files_left_out", "best")}
+        kept["rollbacks"] = [*counters.rollbacks, event]
         self._leave_stage()
         for module in (self.tokenizer, self.discriminator):
             if module is not None:
                 module.zero_grad(set_to_none=True)
         state.restore(self, start.path)
         self.saved_step = step
-        self.counters.batches, self.counters.rollbacks = batches, rollbacks  # the bad batch is not seen again
+        vars(self.counters).update(kept)
         self.train_batches.close()
         self.train_batches = self._training_stream()
         self.monitor.rewind(self.counters.step, self._anew())
@@ -714,7 +726,7 @@ class Trainer:
 
         A checkpoint has it too, so that a run which goes on from there shows the same.
         """
-        counters, log, steps = self.counters, self.recipe.log, self.tally.recent_steps
+        counters, log = self.counters, self.recipe.log
         self.record = {}
         self.monitor.advance(counters.step)
         if counters.step % log.steps and counters.step_in_epoch < self.steps_per_epoch:
@@ -723,13 +735,13 @@ class Trainer:
         self._report_unsaved()
         reports = self.tokenizer.report(self._progress())
         self._check_processes()
-        seconds = time.monotonic() - self.logged_at
         with sharding.whole(self.tokenizer):  # a change means something over equal intervals only
             drift = {} if not self.main or counters.step % log.steps else self.drift.measure(self.tokenizer)
         if self.main:
             share = float(usage(self.tally.counts)) if self.tally.counts.any() else None
             self.monitor.show(self.stage, counters.step, losses, share)
-            speed = steps * self.recipe.data.batch_size / seconds
+            seconds = time.monotonic() - self.logged_at
+            speed = (counters.step - self.logged_step) * self.recipe.data.batch_size / seconds
             groups = {
                 "loss": losses,
                 "train": {"learning_rate": self.rate, "images_per_second": speed, **memory(self.device)},
@@ -738,7 +750,7 @@ class Trainer:
                 "drift": drift,
             }
             self.record = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-        self.logged_at = time.monotonic()
+        self.logged_step, self.logged_at = counters.step, time.monotonic()
 
     def _write_record(self) -> None:
         self.monitor.scalars(self.record, self.counters.step)
@@ -825,8 +837,13 @@ class Trainer:
 
         def heeded() -> Iterator[Batch]:
             for _ in range(rounds):
-                self._stop_if_asked()
-                if (batch := next(batches, None)) is not None:
+                batch, problem = None, None
+                try:
+                    batch = next(batches, None)
+                except (DataError, UserError) as error:
+                    problem = error
+                self._stop_if_asked(problem)
+                if batch is not None:
                     yield batch
 
         return heeded()
@@ -841,10 +858,14 @@ class Trainer:
         before = self.counters.best if measured.items() <= self.counters.best.items() else {}  # else it was another measure
         if not from_main(lambda: better(chosen, value, before.get("value"))):
             return
+        problem = None
         try:
             sharding.export(self.averaged(), self.out / "best", self.main)
-        except OSError as error:
+        except (OSError, UserError) as error:
+            problem = error
             self.monitor.say(f"{self.out / 'best'} cannot be written: {error}", self.counters.step)
+        if self.agreement.largest(int(problem is not None)):
+            return
         self.counters.best = {**measured, "value": value, "step": self.counters.step, "epoch": self.counters.epoch + 1}
         if self.recipe.checkpoint.keep_best:
             self._save()
@@ -873,6 +894,7 @@ class Trainer:
             return
         self.guard.check()
         self._report_bad()
+        self.writer.wait()
         self._report_unsaved()
         tally = self.tally.tensors()
         self.saved_step = counters.step
@@ -880,8 +902,12 @@ class Trainer:
         tensors = state.tensors(self, tally)
         if not self.main:
             return
-        if self.folder.mend(self.recipe):
-            self.monitor.say(f"somebody has removed {self.out}: it is made again, what was in it is gone", counters.step)
+        try:
+            if self.folder.mend(self.recipe):
+                self.monitor.rewind(counters.step, self._anew())
+                self.monitor.say(f"somebody has removed {self.out}: it is made again, what was in it is gone", counters.step)
+        except (OSError, UserError) as error:
+            self.monitor.say(str(error), counters.step)
         self.monitor.flush()  # what was shown up to here must not be lost with what follows
         counters.seconds = time.monotonic() - self.began
         keep, best = self.recipe.checkpoint.keep, counters.best.get("step") if self.recipe.checkpoint.keep_best else None
@@ -937,7 +963,7 @@ class Trainer:
             if self.main:
                 save_picture(picture, self.out / "reconstructions.png")
                 write_text(self.out / "metrics.json", to_json(result))
-        except OSError as error:
+        except (OSError, UserError) as error:
             problem = error
         if self.agreement.largest(int(problem is not None)):
             raise StorageError(f"{self.out}: the results cannot be written ({problem or 'see what the main process says'}); "
