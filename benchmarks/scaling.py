@@ -185,9 +185,6 @@ class Collective:
 NOBODY = len(pickle.dumps([]))
 """Bytes of a list without a name."""
 
-WORD = len(pickle.dumps(True)) + len(pickle.dumps(None))
-"""Bytes of the main process's answer to a question, and of the error that there was not."""
-
 COLLECTIVES = {
     "gradients of the tokenizer": Collective("all_reduce", "float32", "step", lambda s: [s.tokenizer], hidden="tokenizer"),
     "gradients of the discriminator": Collective(
@@ -210,8 +207,6 @@ COLLECTIVES = {
     "a checkpoint's bad files": Collective("all_gather", "uint8", "checkpoint", lambda s: [NOBODY]),
     "an evaluation's codes": Collective("all_reduce", "int64", "evaluation", lambda s: [s.codes]),
     "an evaluation's first images": Collective("all_gather", "int64", "evaluation", lambda s: [s.codes]),
-    "whether an evaluation is the best, bytes": Collective("broadcast", "int64", "evaluation", lambda s: [2]),
-    "whether an evaluation is the best": Collective("broadcast", "uint8", "evaluation", lambda s: [WORD]),
     "weights for a stage": Collective("broadcast", "float32", "stage", lambda s: list(s.weights)),
 }
 """The collectives of training: each line is a prediction, and `--check` its proof."""
@@ -220,6 +215,7 @@ ASIDE = {
     "DDP itself": "torch/nn/parallel/distributed.py",
     "evaluation": "vqzoo/evaluation/",
     "barriers": "barrier",
+    "whether an evaluation is the best": "_keep_best",
     "the results": "_write_results",
 }
 """What the check adds up without a prediction of each call, by a part of its place: none of it is in a step's own way."""
