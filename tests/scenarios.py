@@ -19,36 +19,51 @@ from vqzoo.recipe import load_recipe
 from vqzoo.trainer import Trainer
 
 METHODS = ("vq", "simvq", "nsvq")
+BASES = ("vq", "simvq")  # of runs with everything else that keeps state
 
 
 def job(folder, recipe, name, *overrides, **how):
     return Trainer(load_recipe(str(folder / f"{recipe}.yaml"), list(overrides)), folder / name, **how)
 
 
-def whole(folder):
-    job(folder, "whole", "whole").run()
+def whole(base):
+    def scenario(folder):
+        job(folder, f"whole_{base}", f"whole_{base}").run()
+
+    return named(f"whole_{base}", scenario)
 
 
-def signalled(folder):
+def signalled(base):
     """Let the second process alone receive SIGTERM amid the accumulation of step 4."""
-    trainer = job(folder, "whole", "signalled")
-    calls = []
+    def scenario(folder):
+        trainer = job(folder, f"whole_{base}", f"signalled_{base}")
+        calls = []
 
-    def listen(progress, **_):
-        if progress is not None and progress.step == 4 and rank() == 1:
-            calls.append(1)
-            if len(calls) == 2:
-                signal.raise_signal(signal.SIGTERM)
+        def listen(progress, **_):
+            if progress is not None and progress.step == 4 and rank() == 1:
+                calls.append(1)
+                if len(calls) == 2:
+                    signal.raise_signal(signal.SIGTERM)
 
-    Probe.listeners["quantize"] = listen
-    trainer.run()
+        Probe.listeners["quantize"] = listen
+        trainer.run()
+
+    return named(f"signalled_{base}", scenario)
 
 
-def resumed(folder):
-    if rank() == 0:
-        shutil.copytree(folder / "signalled", folder / "resumed")
-    torch.distributed.barrier()
-    job(folder, "whole", "resumed", resume="auto").run()
+def resumed(base):
+    def scenario(folder):
+        if rank() == 0:
+            shutil.copytree(folder / f"signalled_{base}", folder / f"resumed_{base}")
+        torch.distributed.barrier()
+        job(folder, f"whole_{base}", f"resumed_{base}", resume="auto").run()
+
+    return named(f"resumed_{base}", scenario)
+
+
+def named(name, scenario):
+    scenario.__name__ = name
+    return scenario
 
 
 def widened(folder):
@@ -103,15 +118,17 @@ def locked(folder):
     job(folder, "plain_vq", "locked", resume="auto")
 
 
-SCENARIOS = [whole, signalled, resumed, widened, narrowed, diverged, poisoned, unreadable, locked]
+SCENARIOS = [
+    *(kind(base) for base in BASES for kind in (whole, signalled, resumed)),
+    widened, narrowed, diverged, poisoned, unreadable, locked,
+]
 
 
 def method(name):
     def scenario(folder):
         job(folder, f"plain_{name}", f"two_{name}").run()
 
-    scenario.__name__ = f"two_{name}"
-    return scenario
+    return named(f"two_{name}", scenario)
 
 
 def main(folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from scenarios import METHODS
+from scenarios import BASES, METHODS
 from test_processes import PROCESSES, environment, free_port
 from test_resume import WHOLE, assert_same_end, at
 from test_training import COMMON, assert_equal_up_to_rounding, checkpoint_at, events, run
@@ -43,7 +43,8 @@ class Launched:
 
     def __init__(self, folder, photos):
         self.folder = folder
-        texts = {"whole": WHOLE.replace("BASE", "vq"), **{f"plain_{method}": plain(method) for method in METHODS}}
+        texts = {f"whole_{base}": WHOLE.replace("BASE", base) for base in BASES}
+        texts |= {f"plain_{method}": plain(method) for method in METHODS}
         for name, text in texts.items():
             (folder / f"{name}.yaml").write_text(text.replace("ROOT", str(photos)))
         for method in METHODS:
@@ -99,17 +100,19 @@ def steps(out):
 
 
 @pytest.mark.fault(5)
-def test_a_signal_to_one_process_saves_and_ends_both(launched):
-    for ended in launched.ended("signalled"):
+@pytest.mark.parametrize("base", BASES)
+def test_a_signal_to_one_process_saves_and_ends_both(launched, base):
+    for ended in launched.ended(f"signalled_{base}"):
         text = "SIGTERM at step 5: saved; --resume auto goes on from there"
         assert ended == {"type": "Interrupted", "status": 143, "text": text}
-    assert steps(launched.folder / "signalled")[0] == 5
+    assert steps(launched.folder / f"signalled_{base}")[0] == 5
 
 
 @pytest.mark.fault(1, 2, 5)
-def test_two_processes_go_on_bit_for_bit(launched):
-    assert [ended["type"] for ended in launched.ended("whole") + launched.ended("resumed")] == 4 * [None]
-    assert_same_end(launched.folder / "resumed", launched.folder / "whole")
+@pytest.mark.parametrize("base", BASES)
+def test_two_processes_go_on_bit_for_bit(launched, base):
+    assert [ended["type"] for kind in ("whole", "resumed") for ended in launched.ended(f"{kind}_{base}")] == 4 * [None]
+    assert_same_end(launched.folder / f"resumed_{base}", launched.folder / f"whole_{base}")
 
 
 @pytest.mark.fault(11)
