@@ -550,7 +550,8 @@ def test_counters_that_cannot_be_are_refused(recipe, stopped, key, value):
 @pytest.mark.parametrize("due", [["checkpoint.epochs=1"], ["checkpoint.epochs=3", "evaluate.epochs=1"]])
 def test_a_folder_that_is_removed_while_its_run_trains_is_made_again(recipe, tmp_path, listeners, capsys, due):
     out = tmp_path / "run"
-    listeners["refresh_codes"] = at(2, lambda: shutil.rmtree(out))
+    # in one go, since the writer may be at work in it
+    listeners["refresh_codes"] = at(2, lambda: shutil.rmtree(out.rename(tmp_path / "gone")))
     run(recipe(MORE, *due), out)
     assert f"somebody has removed {out}" in capsys.readouterr().err
     assert steps(out)[0] == 6 and (out / "metrics.json").exists() and list((out / "tensorboard").glob("events.*"))
