@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from vqzoo import Codebook, NonFiniteError, PluginError, Progress, Quantized, UserError
 from vqzoo.evaluation.report import hardware
-from vqzoo.manager import Hooks, find, make_manager, offered_hooks
+from vqzoo.manager import Hooks, make_manager
 from vqzoo.ops import code_usage
 from vqzoo.recipe import Recipe, load_recipe, versions
+from vqzoo.sources import find, offered_hooks
 from vqzoo.stage import make_optimizer, set_learning_rate
 from vqzoo.tokenizer import make_plugin
 
@@ -76,8 +77,8 @@ class Toy:
         self.hooks = Hooks(make_manager(plugins), recipe.hooks, required=("make_codebook", "quantize", "embedding_loss"))
         made = self.hooks.make_codebook(size=recipe.codebook.size, width=recipe.codebook.width)
         self.codebook = self.hooks.answer("make_codebook", made, Codebook)
-        if (self.codebook.width, self.codebook.latent_width) != (2, 2):
-            raise UserError(f"toy: its points have 2 coordinates; {'+'.join(plugins)} wants {self.codebook.latent_width}")
+        if (self.codebook.width, self.codebook.encoder_width) != (2, 2):
+            raise UserError(f"toy: its points have 2 coordinates; {'+'.join(plugins)} wants {self.codebook.encoder_width}")
         self.optimizer = make_optimizer(nn.ModuleDict({**plugins, "codebook": self.codebook}), recipe.optim, {})
         self.begin_epoch()
         self.enter()

@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqzoo import Plugin, UserError, hookimpl, manager
+from vqzoo import Plugin, UserError, hookimpl, sources
 from vqzoo.evaluation.report import hardware
 from vqzoo.lpips import NETWORKS
 from vqzoo.plugin import Progress
@@ -257,7 +257,7 @@ class Networks:
             tokenizer=numel(trainable(tokenizer)), discriminator=numel(trainable(self.discriminator)),
             weights=tuple(numel(module.parameters()) for module in self.all),
             last_layer=tokenizer.decoder.last_layer.numel(), codes=tokenizer.codebook.size,
-            width=tokenizer.codebook.latent_width, tokens=tokenizer.grid[0] * tokenizer.grid[1], losses=len(losses),
+            width=tokenizer.codebook.encoder_width, tokens=tokenizer.grid[0] * tokenizer.grid[1], losses=len(losses),
             judged=judged, adaptive=any(config.adaptive for config in gan),
             lecam=any(config.lecam for config in gan), refreshes=refreshes, asks=frozenset({*asks, *self.asks}),
             checked=len(tokenizer.codebook.state_dict()) + len(tokenizer.plugins.state_dict()),
@@ -612,7 +612,7 @@ class Asking(Plugin):
 
 
 def with_asking(group: str) -> list[EntryPoint]:
-    """Stand in for `vqzoo.manager.entry_points`."""
+    """Stand in for `vqzoo.sources.entry_points`."""
     return [*entry_points(group=group), EntryPoint("asking", "scaling:Asking", group)]
 
 
@@ -688,11 +688,11 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def asking() -> Iterator[None]:
     """Have the plugin above found like any that is installed."""
-    before, manager.entry_points = manager.entry_points, with_asking
+    before, sources.entry_points = sources.entry_points, with_asking
     try:
         yield
     finally:
-        manager.entry_points = before
+        sources.entry_points = before
 
 
 def written(name: str, folder: Path) -> Recipe:

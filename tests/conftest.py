@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from vqzoo import manager
+from vqzoo import sources
 from vqzoo.recipe import load_recipe
 
 
@@ -43,7 +43,7 @@ def tiny_runs():
     AcceleratorState._reset_state(True)  # accelerate holds one device and precision per process
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(manager, "entry_points", plugins_for_tests.with_test_plugins)
+        patch.setattr(sources, "entry_points", plugins_for_tests.with_test_plugins)
         yield
     AcceleratorState._reset_state(True)
     gc.unfreeze()

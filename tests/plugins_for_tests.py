@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vqzoo import Plugin, Quantized, hookimpl, manager
+from vqzoo import Plugin, Quantized, hookimpl, sources
 
 CLASSES = {"probe": "Probe", "adversary": "Adversary", "idle": "Idle", "recorder": "Recorder", "rival": "Rival",
            "sleeper": "Sleeper"}
@@ -26,7 +26,7 @@ CLASSES = {"probe": "Probe", "adversary": "Adversary", "idle": "Idle", "recorder
 
 @functools.cache
 def with_test_plugins(group: str) -> list[EntryPoint]:
-    """Stand in for `vqzoo.manager.entry_points`."""
+    """Stand in for `vqzoo.sources.entry_points`."""
     mine = [EntryPoint(name, f"plugins_for_tests:{kind}", group) for name, kind in CLASSES.items()]
     return [*entry_points(group=group), *mine]
 
@@ -182,5 +182,5 @@ def rank() -> int:
 if __name__ == "__main__":
     from vqzoo.cli import main
 
-    manager.entry_points = with_test_plugins
+    sources.entry_points = with_test_plugins
     sys.exit(main())

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from plugins_for_tests import Probe, rank, with_test_plugins
 
-from vqzoo import manager
+from vqzoo import sources
 from vqzoo.recipe import load_recipe
 from vqzoo.trainer import Trainer
 
@@ -132,7 +132,7 @@ def method(name):
 
 
 def main(folder):
-    manager.entry_points = with_test_plugins
+    sources.entry_points = with_test_plugins
     torch.cuda.is_available = lambda: False
     for scenario in [*SCENARIOS, *map(method, METHODS)]:
         ended = {"type": None}

@@ -16,7 +16,8 @@ import torch
 import vqzoo
 import vqzoo.ops
 from vqzoo import hookspecs
-from vqzoo.manager import all_hooks, available, make_manager, offered_hooks
+from vqzoo.manager import all_hooks, make_manager
+from vqzoo.sources import available, offered_hooks
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = sorted((ROOT / "vqzoo").rglob("*.py"))
@@ -24,14 +25,15 @@ PLUGINS = sorted(path for path in (ROOT / "plugins").glob("*.py") if path.name !
 HOOKS = [hook.name for hook in all_hooks(make_manager({}))]
 
 LAYERS = (
-    "errors", "files", "weights", "lpips", "plugin", "codebook", "ops", "hookspecs", "caller", "manager", "answers", "networks",
+    "errors", "files", "weights", "lpips", "plugin", "codebook", "ops", "hookspecs", "caller", "sources", "manager", "answers",
+    "instance", "networks",
     "features", "discriminators", "data", "evaluation", "recipe",
     "tokenizer", "monitor", "sharding", "pictures", "checkpoint", "folder", "interrupt", "stage", "guard", "tally", "state",
-    "prepare", "memory", "trainer", "explain", "scoring", "cli", "__main__",
+    "prepare", "memory", "trainer", "explain", "scoring", "doctor", "testing", "bench", "scaffold", "cli", "__main__",
 )
 """The modules of vqzoo from the ground up: each imports only from those before it."""
 
-PACKAGES = ("evaluation", "ops")
+PACKAGES = ("evaluation", "ops", "testing")
 """Layers of several files, which import one another."""
 
 FORBIDDEN = ("accelerate", "torch.distributed", "torch.nn.parallel", "vqzoo_plugins", "plugins", "pluggy")

@@ -18,7 +18,7 @@ from filelock import FileLock
 from test_resume import Stop, at, crash
 from test_training import VQ, checkpoint_at, exported, run, unequal
 
-from vqzoo import Interrupted, StorageError, UserError, checkpoint, files, folder, manager, sharding
+from vqzoo import Interrupted, StorageError, UserError, checkpoint, files, folder, sharding, sources
 from vqzoo.recipe import differences, load_recipe, plain
 from vqzoo.trainer import Trainer
 
@@ -435,7 +435,7 @@ def test_another_version_of_a_plugin_is_refused_and_a_missing_one_named(recipe, 
     assert "torch" not in str(caught.value)  # which is only said
     run(recipe(MORE), stopped, resume="auto", insist=True)
     assert "changed: torch: 1.0 → " in capsys.readouterr().err
-    monkeypatch.setattr(manager, "entry_points", lambda group: [])
+    monkeypatch.setattr(sources, "entry_points", lambda group: [])
     with pytest.raises(UserError, match=r"plugins\.vq: no installed plugin is called 'vq'.*pip"):
         load_recipe(str(stopped / "recipe.yaml"))
 

@@ -302,9 +302,11 @@ def stranger(tmp_path_factory, monkeypatch):
 @pytest.mark.fault(34)
 def test_plugins_shows_strangers_and_survives_a_broken_one(stranger):
     found = {plugin["name"]: plugin for plugin in json.loads(succeed("plugins", "--json").out)}
-    assert found["rival"] == {"name": "rival", "distribution": "vqzoo-rival", "version": "0.3", "config": {},
-                              "summary": "Another way to quantize.", "hooks": {"quantize": "provides"}}
-    assert "a_module_that_nobody_has" in found["broken"]["summary"] and found["vq"]["hooks"]
+    assert found["rival"] == {"name": "rival", "distribution": "vqzoo-rival", "version": "0.3", "config": {}, "problem": None,
+                              "summary": "Another way to quantize.", "hooks": {"quantize": "provides"}, "contract": "1.0"}
+    assert "a_module_that_nobody_has" in found["broken"]["problem"] and found["vq"]["hooks"] and not found["vq"]["problem"]
+    listed = succeed("plugins").out
+    assert "broken  (cannot be used)\n  plugin 'broken' (vqzoo-rival 0.3) needs the module" in listed and "\nvq  (" in listed
 
 
 def test_the_module_runs_as_a_program():
@@ -397,7 +399,7 @@ def test_a_precision_that_the_machine_lacks_is_told(refused, command, recipe):
 
 @pytest.mark.fault(34)
 def test_a_plugin_that_cannot_be_imported_is_told(refused, command, recipe, stranger):
-    refused([command, recipe, "plugins.broken={}"], "'broken' (vqzoo-rival)", "a_module_that_nobody_has")
+    refused([command, recipe, "plugins.broken={}"], "'broken' (vqzoo-rival 0.3)", "a_module_that_nobody_has")
 
 
 @pytest.mark.fault(33)

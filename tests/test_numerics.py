@@ -13,9 +13,9 @@ from test_training import ADVERSARIAL, COMMON, NSVQ, VQ, events, run
 
 from vqzoo.data import make_dataset, train_batches
 from vqzoo.hookspecs import REQUIRED
-from vqzoo.manager import available, offered_hooks
 from vqzoo.ops import code_usage
 from vqzoo.plugin import Progress
+from vqzoo.sources import available, offered_hooks
 
 pytestmark = pytest.mark.usefixtures("listeners", "tiny_runs")
 

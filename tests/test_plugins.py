@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from vqzoo import Codebook, Progress, Table, Tokenizer, UserError
 from vqzoo.data import DataConfig
-from vqzoo.manager import Hooks, find, make_manager
+from vqzoo.manager import Hooks, make_manager
 from vqzoo.ops import code_usage
 from vqzoo.recipe import CodebookConfig, DecoderConfig, EncoderConfig, Recipe
+from vqzoo.sources import find
 
 QUANTIZERS = ("vq", "simvq")
 COMBINATIONS = [("vq",), ("simvq",), ("vq", "nsvq"), ("simvq", "nsvq"), ("vq", "simvq", "nsvq")]
@@ -209,7 +210,7 @@ def test_vectors_are_float32_and_computed_once_per_forward_and_again_after_a_rep
         codebook.replace_(torch.tensor([0]), torch.zeros(1, 2))
         assert codebook.vectors()[0, 0] == 2
     assert codebook.vectors()[0, 0] == 3 and codebook.vectors()[0, 0] == 4
-    assert codebook.vectors().dtype == torch.float32 and codebook.latent_width == codebook.width == 2
+    assert codebook.vectors().dtype == torch.float32 and codebook.encoder_width == codebook.width == 2
 
 
 # ---- simvq

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import vqzoo
-from vqzoo import cli, manager
+from vqzoo import cli, sources
 from vqzoo.evaluation.report import table
 
 ROOT = Path(__file__).parents[1]
@@ -48,8 +48,8 @@ def test_the_plugin_of_the_readme_trains(tmp_path, monkeypatch):
     module.Cosine.__module__ = module.__name__
     monkeypatch.setitem(sys.modules, module.__name__, module)
     real = importlib.metadata.entry_points
-    mine = importlib.metadata.EntryPoint("cosine", f"{module.__name__}:Cosine", manager.GROUP)
-    monkeypatch.setattr(manager, "entry_points", lambda group: [*real(group=group), mine])
+    mine = importlib.metadata.EntryPoint("cosine", f"{module.__name__}:Cosine", sources.GROUP)
+    monkeypatch.setattr(sources, "entry_points", lambda group: [*real(group=group), mine])
     recipe = tmp_path / "cosine.yaml"
     plugins = re.search(r"plugins: \{vq: \{\}, cosine: \{\}, pixel: \{\}\}", README)
     recipe.write_text(TINY + plugins.group())
@@ -108,7 +108,7 @@ def test_the_setup_commands_are_what_make_does():
 
 def test_the_table_is_the_zoo():
     table = README.split("## The zoo")[1].split("\n## ")[0]
-    mine = {name for name, source in manager.available().items() if source.distribution == "vqzoo"}
+    mine = {name for name, source in sources.available().items() if source.distribution == "vqzoo"}
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == mine
 
 

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torchvision.models import squeezenet1_1
 
-from vqzoo import Plugin, manager
+from vqzoo import Plugin, sources
 from vqzoo.errors import UserError
 from vqzoo.prepare import build, enter
 from vqzoo.recipe import difference, differences, find_recipe, load_recipe, plain, shipped, to_yaml
@@ -225,7 +225,7 @@ def test_a_strangers_check_is_told_with_the_plugins_name(refusal, monkeypatch):
     def with_odd(group):
         return [*entry_points(group=group), EntryPoint("odd", "test_recipes:Odd", group)]
 
-    monkeypatch.setattr(manager, "entry_points", with_odd)
+    monkeypatch.setattr(sources, "entry_points", with_odd)
     assert "plugins.odd: an odd number is wanted" in refusal("plugins: {vq: {}, odd: {number: 2}}")
     assert "plugins.odd.number" in refusal("plugins: {vq: {}, odd: {number: two}}")
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageFile
 from safetensors.torch import save_file
 
-from vqzoo import Tokenizer, UserError, checkpoint, cli, manager
+from vqzoo import Tokenizer, UserError, checkpoint, cli, sources
 from vqzoo.data import DataConfig, decode, make_dataset, train_batches
 from vqzoo.evaluation import reference
 from vqzoo.evaluation.networks import Pooled
@@ -514,7 +514,7 @@ def strangers(tmp_path, monkeypatch, canary):
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[vqzoo]\n{lines}\n")
     monkeypatch.syspath_prepend(site)
-    for variable in (manager.ALLOW, manager.DENY):
+    for variable in (sources.ALLOW, sources.DENY):
         monkeypatch.delenv(variable, raising=False)
     yield
     assert not [name for name in sys.modules if name.partition(".")[0] in ("strange", "other_song")]
@@ -525,8 +525,8 @@ BUILT_IN = {path.stem for path in (ROOT / "plugins").glob("*.py")} - {"__init__"
 
 
 def test_finding_plugins_imports_none_and_no_package_around_one(strangers):
-    found = manager.available()
-    assert STRANGE | BUILT_IN | {"other-song"} <= set(found) and not manager.excluded()
+    found = sources.available()
+    assert STRANGE | BUILT_IN | {"other-song"} <= set(found) and not sources.refused()
     assert found["inner"].module == "strange.deep.inner" and found["inner"].distribution == "VQZoo_Strange"
 
 
@@ -546,31 +546,32 @@ def test_finding_plugins_imports_none_and_no_package_around_one(strangers):
     ("pixel", "*", set()),
 ])
 def test_the_environment_says_which_plugins_there_are(allow, deny, left, strangers, monkeypatch):
-    for variable, value in ((manager.ALLOW, allow), (manager.DENY, deny)):
+    for variable, value in ((sources.ALLOW, allow), (sources.DENY, deny)):
         if value is not None:
             monkeypatch.setenv(variable, value)
-    assert set(manager.available()) == left
+    assert set(sources.available()) == left
     everything = BUILT_IN | STRANGE | {"other-song"}
-    assert set(manager.excluded()) == everything - left
-    for name, variable in manager.excluded().items():
-        assert variable in (manager.ALLOW, manager.DENY)
+    assert set(sources.refused()) == everything - left
+    for name, reason in sources.refused().items():
+        variable = reason.partition("=")[0]
+        assert variable in (sources.ALLOW, sources.DENY)
         with pytest.raises(UserError, match=f"plugins.{name}: {name!r} is installed, but {variable}=.* excludes it"):
-            manager.find(name)
+            sources.find(name)
 
 
 def test_deny_is_what_excludes_where_both_would(strangers, monkeypatch):
-    monkeypatch.setenv(manager.ALLOW, "vqzoo")
-    monkeypatch.setenv(manager.DENY, "simvq,classy")
-    assert {name: manager.excluded()[name] for name in ("simvq", "classy", "plain")} == {
-        "simvq": manager.DENY, "classy": manager.DENY, "plain": manager.ALLOW}
+    monkeypatch.setenv(sources.ALLOW, "vqzoo")
+    monkeypatch.setenv(sources.DENY, "simvq,classy")
+    assert {name: sources.refused()[name].partition("=")[0] for name in ("simvq", "classy", "plain")} == {
+        "simvq": sources.DENY, "classy": sources.DENY, "plain": sources.ALLOW}
 
 
 @pytest.mark.parametrize("variable, value, way_out", [
-    (manager.DENY, "classy", "take it off that list"), (manager.ALLOW, "vqzoo", "add its name there"),
+    (sources.DENY, "classy", "take it off that list"), (sources.ALLOW, "vqzoo", "add its name there"),
 ])
 def test_an_excluded_plugin_is_told_and_never_imported(variable, value, way_out, strangers, beside, monkeypatch, capsys):
-    monkeypatch.setenv(manager.DENY, "one,plain,deep,inner,other-song")
-    monkeypatch.setenv(variable, value if variable == manager.ALLOW else f"{os.environ[variable]},{value}")
+    monkeypatch.setenv(sources.DENY, "one,plain,deep,inner,other-song")
+    monkeypatch.setenv(variable, value if variable == sources.ALLOW else f"{os.environ[variable]},{value}")
     Path("recipe.yaml").write_text(RECIPE)
     assert call("check", "recipe.yaml", "plugins.classy={}") == 2
     told = capsys.readouterr().err
@@ -584,10 +585,11 @@ def test_an_excluded_plugin_is_told_and_never_imported(variable, value, way_out,
 def test_an_excluded_plugin_does_not_clash_with_another_of_its_name(strangers, monkeypatch, tmp_path):
     info = tmp_path / "site" / "vqzoo_other-1.0.dist-info"
     (info / "entry_points.txt").write_text("[vqzoo]\nvq = other_song:Song\n")
-    with pytest.raises(UserError, match="two installed plugins are called 'vq'.*vqzoo-other.*VQZOO_DENY_PLUGINS"):
-        manager.available()
-    monkeypatch.setenv(manager.DENY, "vqzoo-other")
-    assert manager.find("vq").distribution == "vqzoo" and manager.excluded() == {"vq": manager.DENY}
+    assert "vq" not in sources.available() and "simvq" in sources.available()  # the others work
+    with pytest.raises(UserError, match="plugins.vq: .*several have this name.*vqzoo-other.*VQZOO_DENY_PLUGINS"):
+        sources.find("vq")
+    monkeypatch.setenv(sources.DENY, "vqzoo-other")
+    assert sources.find("vq").distribution == "vqzoo" and sources.refused()["vq"].startswith(sources.DENY)
 
 
 # Pictures
@@ -683,7 +685,7 @@ FORBIDDEN = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "ru
 RUNNING = ("eval", "exec", "compile", "__import__")
 METHODS = ("extract", "extractall", "unpack_archive", "system", "popen", "load_state_dict_from_url", "unsafe_load",
            "register_for_checkpointing")
-MAY_IMPORT = {"manager.py", "__init__.py"}
+MAY_IMPORT = {"sources.py", "__init__.py"}
 """Where modules are imported by a name that is not written there: of installed plugins, and of vqzoo itself."""
 
 

@@ -26,7 +26,7 @@ from test_processes import PROCESSES, environment, free_port
 from test_resume import LAST, WHOLE, assert_same_end, at, second_time
 from test_training import assert_equal_up_to_rounding, checkpoint_at, exported, run
 
-from vqzoo import Interrupted, UserError, checkpoint, manager
+from vqzoo import Interrupted, UserError, checkpoint, sources
 from vqzoo.recipe import load_recipe
 from vqzoo.sharding import local
 from vqzoo.trainer import Trainer
@@ -131,7 +131,7 @@ SCENARIOS = [whole, widened_whole, rolled_whole, sharded, signalled, resumed, wi
 
 
 def main(folder):
-    manager.entry_points = with_test_plugins
+    sources.entry_points = with_test_plugins
     torch.cuda.is_available = lambda: False
     for scenario in SCENARIOS:
         ended = {"type": None}

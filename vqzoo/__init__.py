@@ -5,12 +5,13 @@ import importlib
 from vqzoo.codebook import Codebook, Table
 from vqzoo.errors import DataError, Interrupted, LostError, NonFiniteError, OutOfMemory, PluginError, StorageError, UserError
 from vqzoo.ops import all_reduce_sum
-from vqzoo.plugin import Plugin, Progress, Quantized, check_weights, hookimpl
+from vqzoo.plugin import CONTRACT, Plugin, Progress, Quantized, check_weights, hookimpl
 
 __all__ = [
-    "Codebook", "DataError", "FeatureDiscriminator", "Features", "Frozen", "Interrupted", "LPIPSDistance", "LostError",
-    "NonFiniteError", "OutOfMemory", "PatchDiscriminator", "Plugin", "PluginError", "Progress", "Quantized", "StorageError",
-    "Table", "Tokenizer", "UserError", "all_reduce_sum", "check_weights", "hookimpl", "load_published",
+    "CONTRACT", "Codebook", "DataError", "FeatureDiscriminator", "Features", "Frozen", "Interrupted", "LPIPSDistance",
+    "LostError", "NonFiniteError", "OutOfMemory", "PatchDiscriminator", "Plugin", "PluginError", "Progress",
+    "Quantized", "StorageError", "Table", "Tokenizer", "UserError", "all_reduce_sum", "check_weights", "hookimpl",
+    "load_published",
 ]
 
 DEFERRED = {"FeatureDiscriminator": "discriminators", "Features": "features", "Frozen": "features",

@@ -27,6 +27,21 @@ def check_quantized(hooks: Hooks, found: Any, latents: Tensor, width: int) -> Qu
     return found
 
 
+def check_entered(hooks: Hooks, latents: Any, features: Tensor) -> Tensor:
+    """Return the latents that a codebook made of the encoder's features [B, N, ...]; waits for the device."""
+    wide = latents.shape[2:3] if isinstance(latents, Tensor) else features.shape[2:]
+    shape = (*features.shape[:2], *(wide or features.shape[2:]))
+    _check_tensor(hooks, "make_codebook", "from_encoder", latents, shape, torch.float32, features.device)
+    check_finite(hooks, "make_codebook", {"from_encoder": latents})
+    return latents
+
+
+def check_left(hooks: Hooks, given: Any, codes: Tensor, width: int) -> None:
+    """Refuse what a codebook makes of codes [B, N, D] for the decoder, if it is not [B, N, width]; waits for the device."""
+    _check_tensor(hooks, "make_codebook", "to_decoder", given, (*codes.shape[:2], width), torch.float32, codes.device)
+    check_finite(hooks, "make_codebook", {"to_decoder": given})
+
+
 def check_seen(hooks: Hooks, found: Any, codes: Tensor) -> Tensor:
     """Return what straight_through returned for codes [B, N, D]."""
     seen = hooks.answer("straight_through", found, Tensor)
@@ -44,8 +59,8 @@ def check_losses(hooks: Hooks, hook: str, found: Any, device: torch.device, numb
 
 
 def check_vectors(hooks: Hooks, codebook: Codebook) -> None:
-    """Refuse a codebook whose vectors are not K finite ones of width D; waits for the device."""
-    vectors, size = codebook.vectors(), (codebook.size, codebook.width)
+    """Refuse a codebook whose vectors are not as many finite ones of width D as it says; waits for the device."""
+    vectors, size = codebook.vectors(), (codebook.rows, codebook.width)
     _check_tensor(hooks, "make_codebook", "vectors", vectors, size, torch.float32, vectors.device)
     check_finite(hooks, "make_codebook", {"vectors": vectors})
 

@@ -1,4 +1,4 @@
-"""The command line: run, check, eval, encode, decode, plugins."""
+"""The command line."""
 
 import argparse
 import itertools
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vqzoo.errors import DataError, Interrupted, LostError, NonFiniteError, OutOfMemory, PluginError, StorageError, UserError
+from vqzoo.sources import Source, also, available, offered_hooks, refused
 
 NEXT = """next:
   tensorboard --logdir {out}/tensorboard
@@ -53,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("VQZOO_OFFLINE", "0") != "0":
         os.environ["HF_HUB_OFFLINE"] = "1"  # which timm's hub reads as it is imported
     try:
-        options.command(options)
+        with also(getattr(options, "plugin_file", ())):
+            return options.command(options) or 0
     except UserError as error:
         print(f"vqzoo: {error}", file=sys.stderr)
         return 2
@@ -69,7 +71,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         _leave_group()
-    return 0
 
 
 def _leave_group() -> None:
@@ -83,9 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vqzoo", description="Train, evaluate and use image tokenizers.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Callable, text: str) -> argparse.ArgumentParser:
+    def command(name: str, function: Callable, text: str, plugins: bool = True) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
         made.set_defaults(command=function)
+        if plugins:
+            made.add_argument("--plugin-file", action="append", default=[], metavar="FILE.py",
+                              help="also make this file's plugin available, under the file's name; it is code, and runs")
         return made
 
     run = command("run", _run, "train a recipe: a YAML file or a shipped recipe's name")
@@ -99,27 +103,13 @@ def _parser() -> argparse.ArgumentParser:
                      "PATH: go on from this checkpoint, or the newest one of this run, in a new folder")
     run.add_argument("--insist", action="store_true", help="resume although recipe, plugins or images are not those of the run")
 
-    score = command("eval", _eval, "measure a tokenizer, or the pictures that any tool made, on a folder of images")
-    score.epilog = EVAL_HELP
-    score.formatter_class = argparse.RawDescriptionHelpFormatter
-    score.add_argument("what", metavar="RUN_OR_TOKENIZER_OR_FOLDER",
-                       help="a folder of pictures is paired with the images by path and name, whatever the ending")
-    score.add_argument("overrides", nargs="*", metavar="key=value", help="of a recipe's `evaluate`, see below")
-    score.add_argument("--data", required=True, help="a folder of images, at any depth")
-    score.add_argument("--protocol", help="short for protocol=NAME")
-    score.add_argument("--metrics", help="short for metrics=[NAME,...]")
-    score.add_argument("--json", help="also write metrics, what is missing, and the card to this file")
-    score.add_argument("--csv", help="also write each image's metrics to this file, and the worst images as a PNG beside it")
-    score.add_argument("--save-images", metavar="DIR", help="write the reconstructions there, as PNG")
-    score.add_argument("--partial", action="store_true", help="allow images without a picture in FOLDER")
-    score.add_argument("--offline", action="store_true", help="download nothing; a metric without its weights is missing")
-    score.add_argument("--batch-size", type=int, default=32)
-
-    compared = command("compare", _compare, "show the results of `vqzoo eval --json` or of runs side by side")
+    _score_command(command)
+    compared = command("compare", _compare, "show the results of `vqzoo eval --json` or of runs side by side", plugins=False)
     compared.add_argument("results", nargs="+", metavar="JSON")
     compared.add_argument("--mixed", action="store_true", help="allow several protocols or sets of images, and say so")
 
-    fetched = command("weights", _weights, "list, fetch or verify the published weights that metrics and losses need")
+    fetched = command("weights", _weights, "list, fetch or verify the published weights that metrics and losses need",
+                      plugins=False)
     fetched.add_argument("action", choices=("list", "fetch", "verify"))
     fetched.add_argument("names", nargs="*", metavar="NAME")
     fetched.add_argument("--dir", help="their folder; by default that of VQZOO_WEIGHTS, else torch hub's cache")
@@ -137,7 +127,50 @@ def _parser() -> argparse.ArgumentParser:
 
     plugins = command("plugins", _plugins, "list the installed plugins, their hooks and their fields")
     plugins.add_argument("--json", action="store_true")
+    _plugin_commands(command)
     return parser
+
+
+def _score_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    score = command("eval", _eval, "measure a tokenizer, or the pictures that any tool made, on a folder of images")
+    score.epilog = EVAL_HELP
+    score.formatter_class = argparse.RawDescriptionHelpFormatter
+    score.add_argument("what", metavar="RUN_OR_TOKENIZER_OR_FOLDER",
+                       help="a folder of pictures is paired with the images by path and name, whatever the ending")
+    score.add_argument("overrides", nargs="*", metavar="key=value", help="of a recipe's `evaluate`, see below")
+    score.add_argument("--data", required=True, help="a folder of images, at any depth")
+    score.add_argument("--protocol", help="short for protocol=NAME")
+    score.add_argument("--metrics", help="short for metrics=[NAME,...]")
+    score.add_argument("--json", help="also write metrics, what is missing, and the card to this file")
+    score.add_argument("--csv", help="also write each image's metrics to this file, and the worst images as a PNG beside it")
+    score.add_argument("--save-images", metavar="DIR", help="write the reconstructions there, as PNG")
+    score.add_argument("--partial", action="store_true", help="allow images without a picture in FOLDER")
+    score.add_argument("--offline", action="store_true", help="download nothing; a metric without its weights is missing")
+    score.add_argument("--batch-size", type=int, default=32)
+
+
+def _plugin_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands for those who write plugins, and for those who look what is wrong."""
+    new = command("new-plugin", _new_plugin, "lay down a distribution with a quantizer of your own, its tests and a recipe",
+                  plugins=False)
+    new.add_argument("name", help="the plugin's name in recipes, such as cosine")
+    new.add_argument("--dir", default=".", help="where the folder vqzoo-NAME is made; by default here")
+
+    check = command("check-plugin", _check_plugin, "try a plugin against the contract, check by check")
+    check.add_argument("name")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="of the plugin's fields, such as temperature=0.5")
+    check.add_argument("--only", metavar="CHECK", action="append", default=[], help="this check alone; may be given again")
+    check.add_argument("--list", action="store_true", help="list the checks, and run none")
+    check.add_argument("--json", metavar="FILE", help="also write the results to this file")
+
+    doctor = command("doctor", _doctor, "say what this machine has, and what a recipe would meet on it")
+    doctor.add_argument("recipe", nargs="?", help="also scan its data and train two steps of it, into nowhere")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+
+    bench = command("bench", _bench, "compare plugins")
+    bench.add_argument("suite", choices=("compose",), help="compose: do all pairs of plugins train together, or say why not?")
+    bench.add_argument("--plugins", metavar="A,B,...", help="these alone; by default all that are installed")
+    bench.add_argument("--json", metavar="FILE", help="also write the matrix to this file")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -284,31 +317,56 @@ def _read_tokens(path: str, codebook: Any) -> dict[str, Any]:
     return tokens
 
 
-def _plugins(options: argparse.Namespace) -> None:
-    from vqzoo.manager import available, excluded
+def _new_plugin(options: argparse.Namespace) -> None:
+    from vqzoo.scaffold import lay_down
 
+    lay_down(options.name, options.dir)
+
+
+def _check_plugin(options: argparse.Namespace) -> int:
+    from vqzoo.testing.command import check_plugins
+
+    return check_plugins(options)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from vqzoo.doctor import diagnose
+
+    return diagnose(options.recipe, options.overrides)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from vqzoo.bench import compose
+
+    return compose(options)
+
+
+def _plugins(options: argparse.Namespace) -> None:
     found = [_describe(source) for source in available().values()]
+    found += [{"name": name, "problem": reason} for name, reason in refused().items()]
     if options.json:
         from vqzoo.evaluation.report import to_json
 
         print(to_json(found), end="")
         return
     for plugin in found:
+        if plugin["problem"]:
+            print(f"{plugin['name']}  (cannot be used)\n  {plugin['problem']}\n")
+            continue
         print(f"{plugin['name']}  ({plugin['distribution']} {plugin['version']})\n  {plugin['summary']}")
         print(f"  hooks:  {', '.join(f'{hook} ({kind})' for hook, kind in plugin['hooks'].items()) or '–'}")
         print(f"  config: {', '.join(f'{key}={value!r}' for key, value in plugin['config'].items()) or '–'}\n")
-    for name, variable in excluded().items():
-        print(f"{name}  (excluded by {variable})\n")
 
 
-def _describe(source: Any) -> dict[str, Any]:
-    from vqzoo.manager import offered_hooks
-
-    row = {"name": source.name, "distribution": source.distribution, "version": source.version}
+def _describe(source: Source) -> dict[str, Any]:
+    """Say what a plugin is and offers, or why it cannot be used."""
+    row = {"name": source.name, "distribution": source.distribution, "version": source.version, "problem": None}
     try:
         kind = source.load()
         config = kind.Config()
         return {**row, "summary": (kind.__doc__ or "").strip().split("\n")[0], "hooks": offered_hooks(kind),
-                "config": asdict(config) if is_dataclass(config) else {}}
-    except Exception as error:
-        return {**row, "summary": f"cannot be used: {error}", "hooks": {}, "config": {}}
+                "config": asdict(config) if is_dataclass(config) else {}, "contract": kind.contract}
+    except UserError as error:
+        return {**row, "problem": str(error)}
+    except Exception as error:  # of a class that cannot even be described
+        return {**row, "problem": f"plugin {source.name!r} ({source.place}): {error!r}"}

@@ -11,24 +11,37 @@ from vqzoo.errors import UserError
 
 
 class Codebook(nn.Module):
-    """Hold or compute K codes of width D.
+    """Hold or compute K codes of width D, and lead from the encoder to the latents and from the codes to the decoder.
 
-    A subclass implements `compute_vectors`, and `write` if its rows can be overwritten. latent_width is the channel
-    count that the encoder must deliver; it differs from width where a method quantizes in another space.
+    A subclass implements `compute_vectors`, and `write` if its rows can be overwritten. A method that quantizes in a space of
+    its own (few dimensions, a sphere, a cube) has `from_encoder` lead there and `to_decoder` back; every hook then sees latents
+    and codes of that space. encoder_width and decoder_width are the channels on the other side, by default D. With several
+    `tables`, a token has one code out of each, and `vectors` holds them one below the other.
     """
 
     replaceable = True
     """Whether single rows can be overwritten; an implicit codebook (FSQ, LFQ, BSQ) says False."""
 
-    def __init__(self, size: int, width: int, latent_width: int | None = None):
+    def __init__(
+        self, size: int, width: int, encoder_width: int | None = None, decoder_width: int | None = None, tables: int = 1
+    ):
         super().__init__()
-        self.size, self.width, self.latent_width = size, width, latent_width or width
+        self.size, self.width, self.tables = size, width, tables
+        self.encoder_width, self.decoder_width = encoder_width or width, decoder_width or width
         self._cached: tuple[Tensor] | None = None  # in a tuple, since a module makes a parameter of its own of a bare one
         self._caching = False
         self._replaced: list[tuple[Tensor, bool]] = []
 
+    def from_encoder(self, features: Tensor) -> Tensor:
+        """Return the latents [B, N, D] of what the encoder gives [B, N, encoder_width]; called with autocast off."""
+        return features
+
+    def to_decoder(self, codes: Tensor) -> Tensor:
+        """Return what the decoder sees [B, N, decoder_width] of codes [B, N, D]; called with autocast off."""
+        return codes
+
     def compute_vectors(self) -> Tensor:
-        """Return all codes [K, D] in float32 with their graph; called with autocast off."""
+        """Return all codes [K, D], or [tables·K, D], in float32 with their graph; called with autocast off."""
         raise NotImplementedError
 
     def write(self, rows: Tensor, vectors: Tensor) -> None:
@@ -39,8 +52,19 @@ class Codebook(nn.Module):
         """Return the parameters whose dimension 0 is the code, so that an overwritten row's moments can be cleared."""
         return ()
 
+    @property
+    def rows(self) -> int:
+        """The number of rows of `vectors`: K, or tables·K."""
+        return self.tables * self.size
+
+    def rows_of(self, indices: Tensor) -> Tensor:
+        """Return the rows of `vectors` that indices [...], or [..., Q] of Q = tables, name: the same where there is one."""
+        if self.tables == 1:
+            return indices
+        return indices + self.size * torch.arange(self.tables, device=indices.device)
+
     def vectors(self) -> Tensor:
-        """Return all codes [K, D], float32; computed once per forward, so that every hook shares one graph."""
+        """Return all codes [K, D], or [tables·K, D], float32; computed once per forward: all hooks share one graph."""
         if self._cached is not None:
             return self._cached[0]
         device = next((t.device.type for t in (*self.parameters(), *self.buffers())), "cpu")
@@ -51,7 +75,7 @@ class Codebook(nn.Module):
         return vectors
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Return the codes [..., D] of indices [...]; exactly what `quantize` gives for them in evaluation."""
+        """Return the codes [..., D] of indices [...], or of [..., Q]; exactly what `quantize` gives for them in evaluation."""
         return self.vectors()[indices]
 
     def fingerprint(self) -> str:
@@ -90,11 +114,11 @@ class Codebook(nn.Module):
 
 
 class Table(Codebook):
-    """Hold the codes as one trainable table, drawn from U(-1/K, 1/K) ("uniform") or N(0, 1/D) ("normal")."""
+    """Hold the codes as one trainable table, or several, drawn from U(-1/K, 1/K) ("uniform") or N(0, 1/D) ("normal")."""
 
-    def __init__(self, size: int, width: int, init: str = "uniform"):
-        super().__init__(size, width)
-        weight = torch.empty(size, width)
+    def __init__(self, size: int, width: int, init: str = "uniform", tables: int = 1):
+        super().__init__(size, width, tables=tables)
+        weight = torch.empty(self.rows, width)
         if init == "uniform":
             nn.init.uniform_(weight, -1 / size, 1 / size)
         elif init == "normal":

@@ -28,7 +28,10 @@ from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .errors import DataError, UserError, suggestion
+from vqzoo.caller import kind_of
+from vqzoo.errors import DataError, PluginError, UserError, suggestion
+from vqzoo.instance import through_door
+from vqzoo.sources import available, offering
 
 EpsImagePlugin.gs_binary = False  # PostScript is a program; no file, whatever its name, may have Ghostscript run one
 
@@ -55,7 +58,7 @@ SET_PARENT_DEATH_SIGNAL = 1  # prctl's, of Linux
 
 @dataclass
 class DataConfig:
-    """Say which images to use; `folder`, `photos` (8 photographs inside scikit-image, cut into tiles) or timm's names.
+    """Say which images to use; `folder`, `photos` (8 photographs in scikit-image, cut into tiles), a plugin's name, or timm's.
 
     timm's names start with hfds/, torch/ (random access), hfids/, tfds/ or wds/ (streams, see `StreamDataset`).
     """
@@ -72,6 +75,7 @@ class DataConfig:
     eval_batch_size: int = 32
     workers: int = 2
     bad_files: int = 100  # more files than this that do not decode are an error
+    args: dict[str, Any] = field(default_factory=dict)  # the fields of a plugin's data set
 
 
 @dataclass
@@ -379,6 +383,30 @@ class TimmImages:
         return None
 
 
+class Offered:
+    """Read the images of a plugin's data set: a sequence of Pillow images or of paths."""
+
+    def __init__(self, images: Any, name: str):
+        self.images, self.prefix = images, name
+        self.named = getattr(images, "name", None)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return str(self.named(index)) if callable(self.named) else f"{self.prefix}[{index}]"
+
+    def image(self, index: int, cover: Any = None) -> Image.Image:
+        item = self.images[index]
+        return to_rgb(ImageOps.exif_transpose(item)) if isinstance(item, Image.Image) else decode(item, cover)
+
+    def signature(self) -> list[str]:
+        return [f"{self.prefix} {len(self)}", *(map(self.name, range(len(self))) if callable(self.named) else ())]
+
+    def stamp(self) -> None:
+        return None
+
+
 # Datasets
 
 
@@ -524,6 +552,9 @@ def make_dataset(config: DataConfig, split: str) -> ImageDataset | StreamDataset
         raise ValueError(f"split names a role, train or val, not {split!r}")
     if config.train == config.val:
         raise UserError(f"data.train and data.val are both {config.val!r}: training on the evaluation images")
+    known = config.name in ("folder", "photos") or "/" in config.name
+    if config.args and known:
+        raise UserError(f"data.args: {config.name} takes none; they are the fields of a plugin's data set")
     if config.name == "folder":
         return ImageDataset(Folder(_folder(config, split), f"data.{split}"), config, config.resize)
     if config.name == "photos":
@@ -531,7 +562,9 @@ def make_dataset(config: DataConfig, split: str) -> ImageDataset | StreamDataset
         return _photos(config, split)
     if config.name.partition("/")[0].lower() in TIMM and "/" in config.name:
         return _timm(config, split)
-    choices = suggestion(config.name, ["folder", "photos", *(f"{prefix}/NAME" for prefix in TIMM)])
+    if config.name in available() and not known:
+        return _offered(config, split)
+    choices = suggestion(config.name, ["folder", "photos", *offering("make_dataset"), *(f"{prefix}/NAME" for prefix in TIMM)])
     raise UserError(f"data.name: {config.name!r} is unknown; {choices}")
 
 
@@ -603,6 +636,16 @@ def _photos(config: DataConfig, split: str) -> ImageDataset:
     resize = config.resize or min(max(TILE, side) for side in resolution)
     source = Photos(part == "val", resolution, centred=split == "val" and config.resize is None)
     return ImageDataset(source, config, resize)
+
+
+def _offered(config: DataConfig, split: str) -> ImageDataset:
+    hooks = through_door("make_dataset", config.name, config.args, "data.args")
+    images = hooks.make_dataset(split=split)
+    if not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
+        raise PluginError(f"{hooks.served('make_dataset')}, returned {kind_of(images)} where a sequence of images is expected")
+    if not len(images):
+        raise UserError(f"data.name: the {split} images of {config.name!r} are none")
+    return ImageDataset(Offered(images, f"{config.name}/{split}"), config, config.resize)
 
 
 def _timm(config: DataConfig, role: str) -> ImageDataset | StreamDataset:

@@ -2,6 +2,7 @@
 
 import torch
 
+from vqzoo.codebook import Codebook
 from vqzoo.manager import all_hooks, make_manager
 from vqzoo.memory import gib, predict_memory
 from vqzoo.ops import plan, use
@@ -25,7 +26,7 @@ def explain(recipe: Recipe) -> str:
         f"data        {_length(train)} training and {_length(val)} held-out images, {height}x{width} pixels",
         *(f"            {note}" for note in (*train.notes, *val.notes)),
         f"tokens      {grid[0]}x{grid[1]} = {grid[0] * grid[1]} per image (stride {recipe.encoder.stride})",
-        f"codebook    {type(codebook).__name__}, {codebook.size:,} codes of width {codebook.width}",
+        f"codebook    {type(codebook).__name__}, {_codes(codebook)}",
         f"parameters  encoder {_parameters(tokenizer.encoder)}, decoder {_parameters(tokenizer.decoder)}, "
         f"codebook {_parameters(codebook)}",
         f"schedule    {recipe.epochs} epochs of {steps} steps of {recipe.data.batch_size} images",
@@ -42,9 +43,9 @@ def _operations(recipe: Recipe, ready: Prepared) -> list[str]:
     """Say what would do the work of the operations on codes, and in how much memory beside inputs and results."""
     count, codebook = tokens(recipe, ready.accelerator), ready.tokenizer.codebook
     with use(recipe.ops.backend, recipe.ops.precision):
-        plans = plan(ready.accelerator.device, count, codebook.size, codebook.width)
+        plans = plan(ready.accelerator.device, count, codebook.rows, codebook.width)
     found = "; ".join(f"{one.operation} {one.backend}, {one.bytes / 2**20:,.0f} MiB" for one in plans)
-    lines = [f"operations  of {count:,} latents and {codebook.size:,} codes, where plugins use them: {found}"]
+    lines = [f"operations  of {count:,} latents and {codebook.rows:,} codes, where plugins use them: {found}"]
     if recipe.ops.precision == "fast":
         lines.append("            fast: a search may miss the nearest code; a run shows how often, as search_disagreement")
     return lines
@@ -75,6 +76,14 @@ def _stage(tokenizer: Tokenizer, recipe: Recipe, number: int) -> list[str]:
     for hook in all_hooks(make_manager(tokenizer.plugins)):
         lines.append(f"  {hook.name:<20} {', '.join(tokenizer.hooks.providers(hook.name)) or '–'}")
     return lines
+
+
+def _codes(codebook: Codebook) -> str:
+    """Say how many codes there are, how wide they are, and how wide it is on both sides."""
+    tables = f"{codebook.tables} tables of " if codebook.tables > 1 else ""
+    sides = {codebook.encoder_width, codebook.decoder_width} - {codebook.width}
+    between = f", between {codebook.encoder_width} channels of the encoder and {codebook.decoder_width} of the decoder"
+    return f"{tables}{codebook.size:,} codes of width {codebook.width}{between if sides else ''}"
 
 
 def _parameters(module: torch.nn.Module) -> str:

@@ -12,7 +12,7 @@ from vqzoo import checkpoint
 from vqzoo.errors import UserError
 from vqzoo.files import write_text
 from vqzoo.ops.collective import from_main
-from vqzoo.recipe import Recipe, differences, load_recipe, plain, to_yaml, versions
+from vqzoo.recipe import Recipe, differences, load_recipe, named_plugins, plain, to_yaml, versions
 
 LOCK, RECIPE, CHECKPOINTS = ".lock", "recipe.yaml", "checkpoints"
 
@@ -121,7 +121,7 @@ class RunFolder:
 
     def _changes(self, start: Start, recipe: Recipe) -> list[str]:
         """Return what differs from a checkpoint's recipe and plugins, in words; a UserError if that may matter."""
-        then, now = start.manifest["recipe"], versions(list(recipe.plugins))
+        then, now = start.manifest["recipe"], versions(named_plugins(recipe))
         try:
             matters, harmless = differences(then, plain(replace(recipe, versions={})))
         except (TypeError, KeyError, AttributeError) as error:  # a stranger's
@@ -161,7 +161,7 @@ class RunFolder:
             if not self._was_begun and self._begun():
                 raise UserError(f"--out: another run has begun in {self.path} meanwhile; name another folder, or continue it "
                                 "with --resume auto")
-            whole = to_yaml(replace(recipe, versions=versions(list(recipe.plugins))))
+            whole = to_yaml(replace(recipe, versions=versions(named_plugins(recipe))))
             write_text(self.path / RECIPE, whole)  # first: it is what makes the folder a run's
             for name in (CHECKPOINTS, "tensorboard"):
                 (self.path / name).mkdir(exist_ok=True)

@@ -2,7 +2,12 @@
 
 Letters: B images on this process, N tokens per image on a grid (h, w), M tokens of one optimizer step over all processes
 and micro-batches, D code width, K codebook size, Q codes per token. Images are [B, 3, H, W] in [-1, 1]. Losses are 0-dim
-and already weighted. An implementation names the arguments that it wants and leaves out the rest.
+and already weighted. An implementation names the arguments that it wants, without defaults, and leaves out the rest.
+
+Latents are what `codebook.from_encoder` makes of the encoder's output, which is that output itself unless the codebook says
+otherwise, and codes are what `codebook.to_decoder` leads on to the decoder: all hooks work in the codebook's own space.
+Where a codebook keeps several tables, K stands for the rows of them all wherever codes are counted or overwritten, and
+`codebook.rows_of(indices)` for the rows that indices name.
 
 `one(...)` hooks have exactly one provider per stage, bound by the recipe's `hooks:` or because there is no other; an
 implementation marked `@hookimpl(trylast=True)` yields to another. `many` hooks call every contributor, in the order of
@@ -27,16 +32,20 @@ many = hookspec
 REQUIRED = ("make_codebook", "quantize", "straight_through", "embedding_loss", "reconstruction_loss")
 """The hooks without whose provider nothing can be trained."""
 
+DOORS = ("make_dataset", "make_metric")
+"""The hooks by which a recipe's `data.name` or `evaluate.metrics` reaches a plugin; no stage asks or routes them."""
+
 ONCE = ("make_codebook", "make_discriminator")
 """The hooks that are asked once, before the first stage, and so are routed for the whole run."""
 
 
 @one
 def make_codebook(size: int, width: int) -> Any:
-    """Return a `vqzoo.Codebook` of K = size codes of D = width.
+    """Return a `vqzoo.Codebook` of K = size codes; width is what the recipe says of it, D unless the method has its own.
 
-    Called once, before the encoder exists: its `latent_width` decides how wide the encoder is. A ValueError says that there can
-    be no such codebook.
+    Called once, before the networks exist: `encoder_width` and `decoder_width` of the codebook decide how wide they are on its
+    sides. A method of its own D leads from width to D in `from_encoder` and back in `to_decoder`. A ValueError says that there
+    can be no such codebook.
     """
 
 
@@ -131,4 +140,25 @@ def report(progress: Any) -> dict:
     """Return numbers to show beside the losses, by name: floats or 0-dim tensors, of this process.
 
     Called without grad on every process, whenever losses are logged; the main process's numbers are written to TensorBoard.
+    """
+
+
+@one
+def make_dataset(split: str) -> Any:
+    """Return the images of a split, "train" or "val": a sequence of Pillow images, or of paths of image files.
+
+    Called for each split when `data.name` is the plugin's name; `data.args` are its fields. The sequence has a length and is
+    indexed from 0, in any order and by several worker processes. An item that raises, or that is no image, is left out as a
+    file that does not decode is. A method `name(index)`, if there is one, names an item in messages, the same in each run.
+    The host crops, resizes and shuffles.
+    """
+
+
+@one
+def make_metric() -> Any:
+    """Return a `torchmetrics.Metric` whose update takes reconstructions and images, both [B, 3, H, W] in [0, 1].
+
+    Called once per run when `evaluate.metrics` has the plugin's name; `evaluate.args.NAME` are its fields. Images are as the
+    protocol has them, rounded to 8 bits. compute gives a number, which the result has under the plugin's name, or a dict of
+    them, each under NAME_KEY; higher_is_better says which value is better, if the best tokenizer is chosen by it.
     """

@@ -56,7 +56,7 @@ def advice(recipe: Recipe, tokenizer: Tokenizer, accelerator: Accelerator, error
     parts, codebook = {}, tokenizer.codebook
     try:
         with use(recipe.ops.backend, recipe.ops.precision):
-            plans = plan(accelerator.device, tokens(recipe, accelerator), codebook.size, codebook.width)
+            plans = plan(accelerator.device, tokens(recipe, accelerator), codebook.rows, codebook.width)
         parts |= {f"{one.operation} by ops.backend {one.backend}, where a plugin uses it": one.bytes for one in plans}
         predicted = predict_memory(tokenizer, recipe, accelerator.num_processes)
         parts |= {"activations of a micro-batch": predicted.activations,

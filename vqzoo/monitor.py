@@ -57,10 +57,10 @@ class Drift:
 
     def _codes(self, latents: Tensor, indices: Tensor, codebook: Codebook) -> dict[str, float]:
         """Return the usage, and the lag where it has a meaning."""
-        used = code_usage(indices, codebook.size) > 0
+        used = code_usage(codebook.rows_of(indices), codebook.rows) > 0
         found = {"usage_fixed": float(used.float().mean())}
         if indices.dim() == 2 and codebook.replaceable and latents.shape[2] == codebook.width:
-            chosen = slice(None, None, -(-codebook.size // MOST_CODES))
+            chosen = slice(None, None, -(-codebook.rows // MOST_CODES))
             if not settle(None, None)[1]:
                 found["search_disagreement"] = search_disagreement(latents.flatten(0, 1), codebook.vectors())
             distances = nearest_codes(codebook.vectors()[chosen], latents.flatten(0, 1))[1].sqrt()

@@ -3,13 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 import pluggy
 from torch import Tensor, nn
 
 hookimpl = pluggy.HookimplMarker("vqzoo")
 """Marks a plugin's method as an implementation of the hook of that name (see `vqzoo.hookspecs`)."""
+
+CONTRACT = "1.0"
+"""The version of the contract with plugins: MAJOR.MINOR.
+
+MINOR grows when a hook, an argument or a public name is added, which no plugin notices; MAJOR grows when anything that a plugin
+may rely on is taken away or means something else, and not before one release has warned of it. The contract is: the hooks of
+`vqzoo.hookspecs` and their arguments, the names of `vqzoo` and `vqzoo.ops`, the entry points, the checks of `vqzoo.testing`.
+"""
 
 
 class Plugin(nn.Module):
@@ -21,6 +29,9 @@ class Plugin(nn.Module):
     and a colon. The methods below are optional declarations, read when a recipe is wired.
     """
 
+    contract: ClassVar[str] = "1.0"
+    """The version of the contract (`vqzoo.CONTRACT`) that the class needs: the first one, unless it uses what came later."""
+
     @dataclass
     class Config:
         """The fields that a recipe may set under `plugins.NAME`."""
@@ -28,6 +39,13 @@ class Plugin(nn.Module):
     def __init__(self, config: "Plugin.Config"):
         super().__init__()
         self.config = config
+
+    def companions(self) -> dict[str, tuple[str, ...]]:
+        """Map hooks of this plugin to others of its own that must be bound with them; wiring refuses the one without the other.
+
+        A loss that reads `extras` needs its own `quantize`, a search that needs its own kind of codebook `make_codebook`.
+        """
+        return {}
 
     def loss_names(self) -> tuple[str, ...]:
         """Name the losses of `reconstruction_loss` and `discriminator_loss` that another plugin may watch."""

@@ -156,7 +156,7 @@ def _rehearse_stage(tokenizer: Tokenizer, discriminator: nn.Module | None, image
     progress, device = Progress(2**40, 2**40, stage, 2**40, 2**40, 1), images.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         tokenizer.train()
-        codes = torch.zeros(len(images), tokenizer.codebook.width, *tokenizer.grid, device=device)
+        codes = torch.zeros(len(images), tokenizer.codebook.decoder_width, *tokenizer.grid, device=device)
         reconstructions = tokenizer.decoder(codes)
         tokenizer.reconstruction_losses(images, reconstructions, discriminator, progress)
         if discriminator is not None and tokenizer.hooks.providers("discriminator_loss"):

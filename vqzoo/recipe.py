@@ -4,7 +4,6 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -20,9 +19,10 @@ from yaml import YAMLError
 
 from vqzoo.data import DataConfig
 from vqzoo.errors import UserError, suggestion
-from vqzoo.evaluation import PROTOCOLS, EvaluateConfig, check
-from vqzoo.manager import find
+from vqzoo.evaluation import METRICS, PROTOCOLS, EvaluateConfig, check
+from vqzoo.instance import blame_field
 from vqzoo.ops import BACKENDS, PRECISIONS
+from vqzoo.sources import available, find
 
 PLAIN = re.compile(r"\$\{[^${}:]*\}")
 """An interpolation that names another key, as opposed to a resolver, `${name:...}`."""
@@ -228,15 +228,6 @@ def _typed(raw: DictConfig) -> Recipe:
     if merged.precision == "False":
         merged.precision = "no"  # YAML reads a bare no as a boolean
     return OmegaConf.to_object(merged)
-
-
-def blame_field(plugin: str, names: Iterable[str], error: Exception) -> str:
-    """Return what is wrong with a plugin's fields, under the full key if the error begins with the name of one."""
-    text = str(error).partition("\n")[0]
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        text = f"{error.full_key}: {text}"
-    key = text.partition(":")[0]
-    return f"plugins.{plugin}.{text}" if key in set(names) else f"plugins.{plugin}: {text}"
 
 
 def _refusal(error: OmegaConfBaseException, where: str = "") -> UserError:
@@ -507,6 +498,12 @@ def plain(config: Any) -> Any:
 def to_yaml(recipe: Recipe) -> str:
     """Return the recipe as YAML that `load_recipe` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.create(plain(recipe)))
+
+
+def named_plugins(recipe: Recipe) -> list[str]:
+    """Return every plugin that a recipe names: those of the tokenizer, and those that give images or metrics."""
+    others = [name for name in (recipe.data.name, *recipe.evaluate.metrics) if name not in METRICS and name in available()]
+    return list(dict.fromkeys([*recipe.plugins, *others]))
 
 
 def versions(plugins: list[str]) -> dict[str, str]:

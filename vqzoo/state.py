@@ -9,7 +9,7 @@ from torch import Tensor
 from vqzoo import checkpoint
 from vqzoo.data import StreamDataset
 from vqzoo.errors import UserError
-from vqzoo.recipe import plain, versions
+from vqzoo.recipe import named_plugins, plain, versions
 from vqzoo.sharding import full, load
 from vqzoo.stage import flat, nested
 from vqzoo.tally import Tally
@@ -71,7 +71,7 @@ def manifest(trainer: Any) -> dict[str, Any]:
     }
     return {
         "step": counters.step, "epoch": counters.epoch, "stage": trainer.stage, "processes": trainer.processes,
-        "images": trainer.content, "recipe": plain(replace(recipe, versions={})), "versions": versions(list(recipe.plugins)),
+        "images": trainer.content, "recipe": plain(replace(recipe, versions={})), "versions": versions(named_plugins(recipe)),
         "state": state,
     }
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,32 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqzoo.answers import check_finite, check_losses, check_quantized, check_range, check_same, check_seen, check_vectors
+from vqzoo.answers import (
+    check_entered,
+    check_finite,
+    check_left,
+    check_losses,
+    check_quantized,
+    check_range,
+    check_same,
+    check_seen,
+    check_vectors,
+)
 from vqzoo.caller import kind_of
 from vqzoo.codebook import Codebook
 from vqzoo.errors import PluginError, UserError, suggestion
 from vqzoo.features import compiled
 from vqzoo.files import write_tensors, write_text
 from vqzoo.hookspecs import ONCE
-from vqzoo.manager import Hooks, find, make_manager
+from vqzoo.instance import make_plugin
+from vqzoo.manager import Hooks, make_manager
 from vqzoo.networks import Encoder, make_decoder
-from vqzoo.plugin import Plugin, Progress, Quantized
+from vqzoo.plugin import Progress, Quantized
 from vqzoo.recipe import (
     CodebookConfig,
     DecoderConfig,
     EncoderConfig,
     Recipe,
-    blame_field,
     plain,
     refuse_resolvers,
     versions,
@@ -90,11 +100,11 @@ class Tokenizer(nn.Module):
         self.codebook = self._make_codebook(config.codebook)
         encoder = config.encoder
         self.encoder = Encoder(
-            encoder.name, self.codebook.latent_width, encoder.stride, tuple(config.resolution),
+            encoder.name, self.codebook.encoder_width, encoder.stride, tuple(config.resolution),
             encoder.pretrained, encoder.args, encoder.batch_norm,
         )
         self.decoder = make_decoder(
-            config.decoder.name, self.codebook.width, encoder.stride, tuple(config.resolution), config.decoder.args
+            config.decoder.name, self.codebook.decoder_width, encoder.stride, tuple(config.resolution), config.decoder.args
         )
         self._trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         self._frozen: list[str] = []
@@ -164,12 +174,14 @@ class Tokenizer(nn.Module):
         grid = self.grid
         before = [buffer.clone() for buffer in self.buffers()]
         with torch.random.fork_rng(devices=[]):
-            latents = torch.randn(1, grid[0] * grid[1], self.codebook.latent_width)
-            latents.requires_grad_(any(p.requires_grad for p in self.encoder.parameters()))
+            features = torch.randn(1, grid[0] * grid[1], self.codebook.encoder_width)
+            features.requires_grad_(any(p.requires_grad for p in self.encoder.parameters()))
             self.train()
             with self.codebook.one_forward():
                 check_vectors(self.hooks, self.codebook)
+                latents = check_entered(self.hooks, self._enter(features), features)
                 found, seen, losses = self._quantize(latents, grid, progress)
+                check_left(self.hooks, self._leave(seen), seen, self.codebook.decoder_width)
             evaluated = [self._evaluate(latents, grid) for _ in range(2)]
         for quantized in (found, *evaluated):
             check_finite(self.hooks, "quantize", {"codes": quantized.codes})
@@ -193,8 +205,8 @@ class Tokenizer(nn.Module):
         images = torch.zeros(1, 3, *self.config.resolution)
         with _evaluating(self):
             for key, network, given, wanted in (
-                ("encoder", self.encoder, images, (1, self.codebook.latent_width, *self.grid)),
-                ("decoder", self.decoder, torch.zeros(1, self.codebook.width, *self.grid), tuple(images.shape)),
+                ("encoder", self.encoder, images, (1, self.codebook.encoder_width, *self.grid)),
+                ("decoder", self.decoder, torch.zeros(1, self.codebook.decoder_width, *self.grid), tuple(images.shape)),
             ):
                 name = getattr(self.config, key).name
                 try:
@@ -242,7 +254,8 @@ class Tokenizer(nn.Module):
         with self.codebook.one_forward():
             latents, grid = self.latents(images)
             quantized, seen, losses = self._quantize(latents, grid, progress)
-        reconstructions = self._network("decoder")(_to_map(seen, grid)).float()
+            given = self._leave(seen)
+        reconstructions = self._network("decoder")(_to_map(given, grid)).float()
         checks = self._checks(latents, quantized.codes, seen, reconstructions) if self.training else {}
         return Output(reconstructions, latents, quantized.codes, quantized.indices, quantized.extras, losses, checks)
 
@@ -255,9 +268,19 @@ class Tokenizer(nn.Module):
         return dict(zip(parts, sums.isfinite().unbind(), strict=True))
 
     def latents(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Return the encoder's latents [B, N, D] in float32 and their grid (h, w)."""
-        latents = self._network("encoder")(images)
-        return latents.flatten(2).transpose(1, 2).float(), (latents.shape[2], latents.shape[3])
+        """Return the latents [B, N, D] of images [B, 3, H, W], in float32, and their grid (h, w)."""
+        features = self._network("encoder")(images)
+        return self._enter(features.flatten(2).transpose(1, 2)), (features.shape[2], features.shape[3])
+
+    def _enter(self, features: Tensor) -> Tensor:
+        """Lead what the encoder gives [B, N, ...] to where it is quantized."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.codebook.from_encoder(features.float())
+
+    def _leave(self, codes: Tensor) -> Tensor:
+        """Lead codes [B, N, D] to what the decoder sees."""
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.codebook.to_decoder(codes)
 
     def _quantize(self, latents: Tensor, grid: tuple[int, int], progress: Progress | None):
         """Return what quantize gave, what the decoder sees, and the embedding losses."""
@@ -341,7 +364,7 @@ class Tokenizer(nn.Module):
             codes = self.codebook.lookup(indices.flatten(1, 2))
             if codes.shape[2:] != (self.codebook.width,):
                 raise ValueError(f"indices {list(indices.shape)} have another number of codes per token than this tokenizer's")
-            return self.decoder(_to_map(codes, grid)).float()
+            return self.decoder(_to_map(self._leave(codes), grid)).float()
 
     # ---- the exported form
 
@@ -399,17 +422,6 @@ class Tokenizer(nn.Module):
         except Exception as error:
             raise UserError(f"{weights}: does not fit {config_file.name}: {error}") from error
         return tokenizer.eval().requires_grad_(False)
-
-
-def make_plugin(name: str, config: Any) -> Plugin:
-    """Make a plugin from its Config, or from a plain dict of its fields."""
-    kind = find(name).load()
-    if not isinstance(config, kind.Config):
-        try:
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind.Config), config or {}))
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
-            raise UserError(blame_field(name, (f.name for f in fields(kind.Config)), error)) from error
-    return kind(config)
 
 
 def _check_target(folder: Path) -> None:

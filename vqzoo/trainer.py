@@ -30,7 +30,6 @@ from vqzoo.errors import (
     StorageError,
     UserError,
 )
-from vqzoo.evaluation import better
 from vqzoo.evaluation.evaluate import Result
 from vqzoo.evaluation.report import card, data_card, hardware, to_json, versions_of_metrics
 from vqzoo.files import write_text
@@ -44,7 +43,7 @@ from vqzoo.ops.collective import Agreement, differing, from_main
 from vqzoo.pictures import Pictures
 from vqzoo.plugin import Progress
 from vqzoo.prepare import enter, make_accelerator, prepare
-from vqzoo.recipe import Recipe, to_yaml, versions
+from vqzoo.recipe import Recipe, named_plugins, to_yaml, versions
 from vqzoo.stage import Moments, longest, make_optimizer, set_learning_rate, take_moments
 from vqzoo.state import Counters
 from vqzoo.tally import Tally
@@ -99,7 +98,7 @@ class Trainer:
         self.ema = deepcopy(self.tokenizer).eval().requires_grad_(False) if recipe.ema else self.tokenizer
         for tokenizer in dict.fromkeys([self.tokenizer, self.ema]) if recipe.shard else ():
             sharding.shard([tokenizer.encoder, tokenizer.decoder], self.accelerator)
-        self.code_ages = torch.zeros(self.tokenizer.codebook.size, dtype=torch.int64, device=self.device)
+        self.code_ages = torch.zeros(self.tokenizer.codebook.rows, dtype=torch.int64, device=self.device)
         # accelerate's gradient scaler must itself read on the host whether it skips, and would not see a fused step skip
         self.fused = recipe.precision != "fp16"
         careful = recipe.guard.policy != "stop" or recipe.guard.spike is not None
@@ -307,7 +306,7 @@ class Trainer:
     # ---- an epoch
 
     def _reset_tally(self) -> None:
-        codes = self.tokenizer.codebook.size
+        codes = self.tokenizer.codebook.rows
         self.tally = Tally(torch.zeros(codes, dtype=torch.int64, device=self.device))
         self.logged_step, self.logged_at = self.counters.step, time.monotonic()
 
@@ -529,7 +528,7 @@ class Trainer:
         modules = {"tokenizer": self.tokenizer} | ({} if self.discriminator is None else {"discriminator": self.discriminator})
         about = {"epoch": counters.epoch, "stage": self.stage, "process": self.rank, "processes": self.processes,
                  "policy": self.recipe.guard.policy, "checkpoint_step": self.saved_step,
-                 "versions": versions(list(self.recipe.plugins))}
+                 "versions": versions(named_plugins(self.recipe))}
         try:
             batches = self._batches_of(bad.update)
             place = keep_evidence(self.out / "failures", bad, self.rank, batches, modules, about, to_yaml(self.recipe))
@@ -651,7 +650,8 @@ class Trainer:
     def _counts(self, outputs: list[Output]) -> Tensor | None:
         if outputs[0].indices is None:
             return None
-        return all_reduce_sum(sum(code_usage(o.indices, self.tokenizer.codebook.size) for o in outputs))
+        codebook = self.tokenizer.codebook
+        return all_reduce_sum(sum(code_usage(codebook.rows_of(o.indices), codebook.rows) for o in outputs))
 
     def _follow_replaced(self) -> None:
         """Clear the moments of overwritten rows and give the rows to the weight average."""
@@ -808,7 +808,7 @@ class Trainer:
 
     def _warn_of_collapse(self) -> None:
         """Say so when an epoch uses few of the codes that its latents could have reached, and did not before."""
-        codes, assigned = self.tokenizer.codebook.size, int(self.tally.counts.sum())
+        codes, assigned = self.tokenizer.codebook.rows, int(self.tally.counts.sum())
         if not assigned:
             return
         share = float(usage(self.tally.counts))
@@ -856,7 +856,7 @@ class Trainer:
         value = metrics.get(chosen, math.nan)
         measured = {"metric": chosen, "protocol": config.protocol, "images": metrics["images"]}
         before = self.counters.best if measured.items() <= self.counters.best.items() else {}  # else it was another measure
-        if not from_main(lambda: better(chosen, value, before.get("value"))):
+        if not from_main(lambda: self.evaluator.better(chosen, value, before.get("value"))):
             return
         problem = None
         try:
@@ -944,7 +944,7 @@ class Trainer:
                 weights=f"moving average, decay {recipe.ema}" if recipe.ema else "as trained",
                 seed=recipe.seed,
                 hardware=hardware(self.device, self.accelerator.num_processes),
-                versions=versions_of_metrics() | versions(list(recipe.plugins)),
+                versions=versions_of_metrics() | versions(named_plugins(recipe)),
             ),
         }
         self.writer.wait()

@@ -7,6 +7,7 @@ from typing import Any
 
 from vqzoo.errors import UserError, suggestion
 from vqzoo.evaluation.protocols import PROTOCOLS
+from vqzoo.sources import available, offering
 
 PER_IMAGE = ("psnr", "ssim", "ms_ssim", "lpips_alex", "lpips_squeeze", "lpips_vgg")
 OF_CODES = ("usage", "perplexity", "entropy", "bits_per_token")
@@ -42,11 +43,13 @@ class FeaturesConfig:
 class EvaluateConfig:
     """Say what is measured on held-out images; in training every so many epochs, on so many of them (null: all).
 
-    The tokenizer that has been the best by one metric, by default the first, is kept beside the last.
+    A metric may be a plugin's, by the plugin's name, whose fields are then args.NAME. The tokenizer that has been the best by
+    one metric, by default the first, is kept beside the last.
     """
 
     protocol: str = "vqzoo"
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", *OF_CODES])
+    args: dict[str, Any] = field(default_factory=dict)
     fd: FeaturesConfig = field(default_factory=FeaturesConfig)
     epochs: int = 1
     images: int | None = 256
@@ -58,13 +61,17 @@ def check(config: EvaluateConfig, prefix: str = "evaluate.") -> None:
     if config.protocol not in PROTOCOLS:
         raise UserError(f"{prefix}protocol: {config.protocol!r} is unknown; {suggestion(config.protocol, PROTOCOLS)}")
     for name in config.metrics:
-        if name not in METRICS:
-            near = difflib.get_close_matches(name.lower(), METRICS, n=1)
+        if name not in METRICS and name not in available():
+            choices = [*METRICS, *offering("make_metric")]
+            near = difflib.get_close_matches(name.lower(), choices, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"{prefix}metrics: {name!r} is no metric; {hint}metrics: {', '.join(METRICS)}")
+            raise UserError(f"{prefix}metrics: {name!r} is no metric; {hint}metrics: {', '.join(choices)}")
         if (name in UNPAIRED if PROTOCOLS[config.protocol].paired else name not in UNPAIRED) and name in ONE_SIDED:
             raise UserError(f"{prefix}metrics: {name!r} cannot be measured by protocol {config.protocol!r}, which is of "
                             f"{'reconstructions' if PROTOCOLS[config.protocol].paired else 'samples'}")
+    for name in config.args:
+        if name not in config.metrics or name in METRICS:
+            raise UserError(f"{prefix}args.{name}: {name!r} is no plugin's metric among {prefix}metrics")
     wanted = [name for name in config.metrics if name in OF_FD]
     if wanted and not config.fd.name:
         raise UserError(f"{prefix}fd.name: {', '.join(wanted)} needs a network; name one of timm's, as in "

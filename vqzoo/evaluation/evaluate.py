@@ -1,6 +1,7 @@
 """Evaluation: how well images are reconstructed, and how codes are used."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqzoo.codebook import Codebook
 from vqzoo.data import Batch, to_images
 from vqzoo.errors import MissingWeights
 from vqzoo.evaluation import reference
-from vqzoo.evaluation.config import OF_CODES, OF_FD, OF_INCEPTION, PER_IMAGE, UNPAIRED, EvaluateConfig, check
+from vqzoo.evaluation.config import OF_CODES, OF_FD, OF_INCEPTION, PER_IMAGE, UNPAIRED, EvaluateConfig, better, check
 from vqzoo.evaluation.meters import CodeMeter, FeatureMeter, ImageMeter
 from vqzoo.evaluation.networks import Inception, Pooled
+from vqzoo.evaluation.offered import offered_metrics
 from vqzoo.evaluation.protocols import PROTOCOLS, Pair
 from vqzoo.lpips import LPIPSDistance
 from vqzoo.ops import gather_names, gather_ragged
@@ -60,6 +63,7 @@ class Evaluator:
         self.missing: dict[str, str] = {}
         self.lpips: dict[str, LPIPSDistance] = {}
         self.networks: list[tuple[nn.Module, dict[str, str]]] = []
+        self.offered = offered_metrics(config, device, prefix)
         for name in self._wanted(PER_IMAGE):
             if name.startswith("lpips_"):
                 self._try([name], lambda name=name: self.lpips.update({name: self._judge(name)}))
@@ -96,6 +100,13 @@ class Evaluator:
         fd = self.config.fd
         return Pooled(fd.name, fd.pretrained, fd.size, fd.args, key)
 
+    def better(self, name: str, value: float, than: float | None) -> bool:
+        """Tell whether a metric's value is better than another, or the first that is a number; False if nobody can say."""
+        if name not in self.offered:
+            return better(name, value, than)
+        higher = self.offered[name].higher_is_better
+        return higher is not None and not math.isnan(value) and (than is None or (value > than if higher else value < than))
+
     def name_of(self, metric: str) -> str:
         """Return the name that a metric of the configuration has among results."""
         return f"{metric}_{self.config.fd.label}" if metric in OF_FD else metric
@@ -110,7 +121,7 @@ class Evaluator:
         """
         mode = tokenizer.training
         tokenizer.eval()
-        session = _Session(self, tokenizer.codebook.size, stamp)
+        session = _Session(self, tokenizer.codebook, stamp)
         for batch in batches:
             session.left_out += batch.bad
             if len(batch.images):
@@ -147,7 +158,9 @@ class Evaluator:
 class _Session:
     """Add up one evaluation."""
 
-    def __init__(self, evaluator: Evaluator, size: int | None, stamp: str | None, known: reference.Moments | None = None):
+    def __init__(
+        self, evaluator: Evaluator, codebook: Codebook | None, stamp: str | None, known: reference.Moments | None = None
+    ):
         self.evaluator, self.device, protocol = evaluator, evaluator.device, evaluator.protocol
         self.missing = dict(evaluator.missing)
         columns = [name for name in evaluator._wanted(PER_IMAGE) if name not in self.missing]
@@ -155,7 +168,11 @@ class _Session:
             self.missing |= dict.fromkeys(columns, UNPAIRED_ONLY)
             columns = []
         self.images = ImageMeter(columns, evaluator.lpips, protocol, self.device)
-        self.codes = None if size is None else CodeMeter(size, self.device)
+        self.offered = list(evaluator.offered.values()) if protocol.paired else []
+        self.missing |= {} if protocol.paired else dict.fromkeys(evaluator.offered, UNPAIRED_ONLY)
+        for one in self.offered:
+            one.metric.reset()
+        self.codes = None if codebook is None else CodeMeter(codebook, self.device)
         for network in (*evaluator.lpips.values(), *(network for network, _ in evaluator.networks)):
             network.to(self.device)
         self.features = []
@@ -181,6 +198,8 @@ class _Session:
         pair = Pair(images.to(self.device), reconstructions, self.evaluator.protocol)
         self.positions.append(positions.to(self.device))
         self.images.add(pair)
+        for one in self.offered:
+            one.add(*pair.levels)
         if indices is not None and self.codes is not None:
             self.codes.add(indices, positions)
         else:
@@ -215,9 +234,11 @@ class _Session:
         if codes and self.codes is not None:
             found, curve = self.codes.results(positions)
             metrics |= {name: found[name] for name in wanted}
-            self.facts["codebook_size"] = self.codes.size
+            self.facts["codebook_size"] = self.codes.codebook.size
         else:
             missing |= dict.fromkeys(wanted, no_codes)
+        for one in self.offered:
+            metrics |= one.results()
         for meter, place in self.features:
             metrics |= meter.results()
             if place and meter.known is None:

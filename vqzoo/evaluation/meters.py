@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqzoo.codebook import Codebook
 from vqzoo.evaluation.distances import SUBSET, Moments, frechet_distance, kernel_distance, precision_recall
 from vqzoo.evaluation.networks import full_float32
 from vqzoo.evaluation.pixels import LEAST_SIDE, decibels, ms_ssim, squared_error, ssim, ssim_uniform
@@ -69,19 +70,20 @@ def pooled(values: Tensor, batch: int, finish: Callable[[Tensor], Tensor] | None
 
 
 class CodeMeter:
-    """Count the codes that a tokenizer chooses, and at which image each is chosen first."""
+    """Count the codes of a codebook that a tokenizer chooses, and at which image each is chosen first."""
 
-    def __init__(self, size: int, device: torch.device):
-        self.size, self.device = size, device
-        self.counts = torch.zeros(size, dtype=torch.int64, device=device)
-        self.first = torch.full((size,), torch.iinfo(torch.int64).max, device=device)
+    def __init__(self, codebook: Codebook, device: torch.device):
+        self.codebook, self.device = codebook, device
+        self.counts = torch.zeros(codebook.rows, dtype=torch.int64, device=device)
+        self.first = torch.full((codebook.rows,), torch.iinfo(torch.int64).max, device=device)
         self.depth = 1
 
     def add(self, indices: Tensor, positions: Tensor) -> None:
         """Add the indices [B, N] or [B, N, Q] of the images at positions [B]."""
         self.depth = indices[0, 0].numel()
-        self.counts += code_usage(indices, self.size)
-        flat = indices.flatten(1)
+        rows = self.codebook.rows_of(indices)
+        self.counts += code_usage(rows, self.codebook.rows)
+        flat = rows.flatten(1)
         places = positions.to(self.device)[:, None].expand_as(flat)
         self.first.scatter_reduce_(0, flat.flatten(), places.flatten(), "amin")
 
@@ -92,7 +94,7 @@ class CodeMeter:
         seen_at = torch.searchsorted(positions, first).cpu()  # a code that is never chosen comes after all images
         curve = [(images, float((seen_at < images).double().mean())) for images in _milestones(len(positions))]
         metrics = {"usage": float(usage(counts)), "perplexity": effective, "entropy": math.log2(effective or 1.0),
-                   "bits_per_token": self.depth * math.log2(self.size)}
+                   "bits_per_token": self.depth * math.log2(self.codebook.size)}
         return metrics, curve
 
 

@@ -71,7 +71,8 @@ def written(name: str, value: float | str) -> str:
     """Write a metric's value with the digits and the unit that it has."""
     parts = name.split("_")
     forms = (FORMS["_".join(parts[:count])] for count in range(len(parts), 0, -1) if "_".join(parts[:count]) in FORMS)
-    return next(forms, "{:,}").format(float(value) if isinstance(value, str) else value)
+    value = float(value) if isinstance(value, str) else value
+    return next(forms, "{:,.0f}" if float(value).is_integer() else "{:.6g}").format(value)
 
 
 def table(metrics: dict[str, float], missing: dict[str, str] | None = None) -> str:
