@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -274,18 +275,18 @@ class Tokenizer(nn.Module):
 
     def _enter(self, features: Tensor) -> Tensor:
         """Lead what the encoder gives [B, N, ...] to where it is quantized."""
-        with torch.autocast(features.device.type, enabled=False):
+        with _without_autocast(features.device):
             return self.codebook.from_encoder(features.float())
 
     def _leave(self, codes: Tensor) -> Tensor:
         """Lead codes [B, N, D] to what the decoder sees."""
-        with torch.autocast(codes.device.type, enabled=False):
+        with _without_autocast(codes.device):
             return self.codebook.to_decoder(codes)
 
     def _quantize(self, latents: Tensor, grid: tuple[int, int], progress: Progress | None):
         """Return what quantize gave, what the decoder sees, and the embedding losses."""
         hooks, codebook = self.hooks, self.codebook
-        with torch.autocast(latents.device.type, enabled=False):
+        with _without_autocast(latents.device):
             found = hooks.quantize(latents=latents, codebook=codebook, grid=grid, progress=progress)
             check_quantized(hooks, found, latents, codebook.width)
             if not self.training:
@@ -466,6 +467,12 @@ def _read_config(path: Path) -> TokenizerConfig:
         if not 1 <= value < 2**31:
             raise UserError(f"{path}: {key}: {value!r} will not do; it must be in [1, 2**31)")
     return config
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Compute in float32 inside this block, on devices that would do otherwise."""
+    known = torch.amp.is_autocast_available(device.type)  # "meta", on which sizes are found out, is no such device
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
