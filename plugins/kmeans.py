@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vqzoo import Plugin, hookimpl
+from vqzoo import Plugin, UserError, hookimpl
 from vqzoo.ops import broadcast, code_sums, gather_rows, nearest_codes
 
 
@@ -12,7 +12,8 @@ class KMeans(Plugin):
     """k-means start: before a stage, set the codes to the k-means centres of latents of training images.
 
     Gathers about `latents_per_code` latents per code over all processes and runs `iterations` Lloyd steps; an empty cluster
-    restarts at a random latent. `stage` names the stage, by default the first.
+    restarts at a random latent. `stage` names the stage, by default the first. Of several tables, each gets the centres of what
+    those before it leave; a table that all levels of `residual` share gets those of the latents.
     """
 
     @dataclass
@@ -35,8 +36,15 @@ class KMeans(Plugin):
         if entering != wanted and (wanted is not None or leaving is not None):
             return
         codebook = tokenizer.codebook
+        if not codebook.replaceable:
+            raise UserError(f"plugins.kmeans: {type(codebook).__name__} computes its codes, which cannot start anywhere else; "
+                            "leave kmeans out, or route hooks.enter_stage=[]")
         latents = self.collect(tokenizer, batches, codebook.size * self.config.latents_per_code)
-        codebook.replace_(torch.arange(codebook.size, device=latents.device), self.cluster(latents, codebook.size, generator))
+        tables = [self.cluster(latents, codebook.size, generator)]
+        for _ in range(1, codebook.tables):
+            latents = latents - tables[-1][nearest_codes(latents, tables[-1])[0]]
+            tables.append(self.cluster(latents, codebook.size, generator))
+        codebook.replace_(torch.arange(codebook.rows, device=latents.device), torch.cat(tables))
 
     def collect(self, tokenizer, batches, wanted):
         """Return at least `wanted` latents [M, D], the same on every process."""

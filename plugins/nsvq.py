@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vqzoo import Plugin, check_weights, hookimpl
+from vqzoo import Plugin, UserError, check_weights, hookimpl
 from vqzoo.ops import nonstationary_loss
 
 
@@ -48,6 +48,9 @@ class NSVQ(Plugin):
         losses = yield
         if indices is None:  # nothing was quantized
             return losses
+        if indices.dim() > 2:
+            raise UserError(f"plugins.nsvq: its loss knows one code per token, and quantize gives {indices.shape[2]}; route "
+                            "hooks.embedding_loss to the other plugins alone")
         dense = nonstationary_loss(
             latents.flatten(0, 1), codebook.vectors(), indices.flatten(), self.config.temperature
         )
@@ -58,13 +61,18 @@ class NSVQ(Plugin):
         """Replace the codes that the epoch never used."""
         if not progress.ends_epoch or progress.epoch_in_stage < self.config.replace_after:
             return 0
-        dead = (epoch_counts < 1).nonzero().squeeze(1)
-        if len(dead) in (0, len(epoch_counts)):
+        tables = enumerate(epoch_counts.split(codebook.size))
+        return sum(self.replace(codebook, number * codebook.size, counts, generator) for number, counts in tables)
+
+    def replace(self, codebook, first, counts, generator):
+        """Replace the codes of the table that begins at row `first` whose counts [K] are zero; return how many."""
+        dead = (counts < 1).nonzero().squeeze(1)
+        if len(dead) in (0, len(counts)):
             return 0
-        donors = torch.multinomial(epoch_counts.float(), len(dead), replacement=True, generator=generator)
-        vectors = codebook.vectors()[donors]
+        donors = torch.multinomial(counts.float(), len(dead), replacement=True, generator=generator)
+        vectors = codebook.vectors()[first + donors]
         noise = torch.randn(vectors.shape, generator=generator, device=vectors.device)
-        codebook.replace_(dead, vectors + self.config.noise * noise)
+        codebook.replace_(first + dead, vectors + self.config.noise * noise)
         return len(dead)
 
     @hookimpl

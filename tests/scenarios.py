@@ -18,8 +18,8 @@ from vqzoo import sources
 from vqzoo.recipe import load_recipe
 from vqzoo.trainer import Trainer
 
-METHODS = ("vq", "simvq", "nsvq")
-BASES = ("vq", "simvq")  # of runs with everything else that keeps state
+METHODS = ("vq", "simvq", "nsvq", "ema", "fsq", "rotation", "residual", "entropy", "factorized")
+BASES = ("vq", "simvq", "ema")  # of runs with everything else that keeps state
 
 
 def job(folder, recipe, name, *overrides, **how):

@@ -31,9 +31,16 @@ stages: [{name: joint, epochs: 2}, {name: refine, freeze: ["encoder.*"], hooks: 
 STEPS = 4
 
 
+FIELDS = {"nsvq": "{replace_after: 0, noise: 0.05}", "ema": "{decay: 0.9}", "fsq": "{levels: [8, 4]}",
+          "residual": "{depth: 2, shared: false}", "entropy": "{temperature: 0.1}", "factorized": "{dimension: 4}"}
+BESIDE_VQ = ("nsvq", "ema", "rotation", "entropy", "factorized")
+
+
 def plain(method):
-    nsvq = ", nsvq: {replace_after: 0, noise: 0.05}" if method == "nsvq" else ""
-    text = PLAIN.replace("BASE", "simvq" if method == "simvq" else "vq").replace("NSVQ", nsvq)
+    beside = f", {method}: {FIELDS.get(method, '{}')}" if method in BESIDE_VQ else ""
+    base = "vq" if method in BESIDE_VQ else method
+    text = PLAIN.replace("BASE: {}", f"{base}: {FIELDS.get(base, '{}')}").replace("NSVQ", beside)
+    text += "hooks: {refresh_codes: []}\n" if method == "fsq" else ""
     text = text.replace("log: {steps: 100, images: 2, drift_images: 2}\n", "")
     return text if method == "nsvq" else text.replace(", hooks: {stage_transition: []}", "")
 
@@ -43,7 +50,8 @@ class Launched:
 
     def __init__(self, folder, photos):
         self.folder = folder
-        texts = {f"whole_{base}": WHOLE.replace("BASE", base) for base in BASES}
+        averaged = WHOLE.replace("  BASE: {}", "  ema: {decay: 0.9}\n  vq: {}").replace("BASE", "vq")
+        texts = {f"whole_{base}": averaged if base == "ema" else WHOLE.replace("BASE", base) for base in BASES}
         texts |= {f"plain_{method}": plain(method) for method in METHODS}
         for name, text in texts.items():
             (folder / f"{name}.yaml").write_text(text.replace("ROOT", str(photos)))
