@@ -45,6 +45,17 @@ stages:
 # small steps, so that rounding flips no assignment
 OVERRIDES = ["optim.lr=2e-4", "codebook.size=256", "optim.clip=1.0", "optim.schedule=cosine", "optim.warmup_steps=2",
              "log.steps=1"]
+OFFERED = """
+from torchmetrics.image import PeakSignalNoiseRatio
+
+from vqzoo import Plugin, hookimpl
+
+
+class Decibels(Plugin):
+    @hookimpl
+    def make_metric(self):
+        return PeakSignalNoiseRatio(data_range=1.0)
+"""
 
 
 def free_port():
@@ -157,14 +168,17 @@ def test_metrics_count_each_held_out_image_once(runs):
 
 @pytest.mark.fault(36)
 def test_an_evaluation_by_two_processes_is_that_of_one(runs, small_photos, tmp_path):
-    metrics = "metrics=[psnr,ssim,usage,perplexity,fd,fd_kid,fd_precision,fd_recall]"
+    metrics = "metrics=[psnr,ssim,usage,perplexity,fd,fd_kid,fd_precision,fd_recall,decibels]"
     fd = ["fd.name=resnet10t", "fd.pretrained=false", "fd.size=32"]
-    command = ["eval", str(runs.one), metrics, *fd, "--data", str(small_photos / "val"), "--batch-size", "2"]
+    (tmp_path / "decibels.py").write_text(OFFERED)
+    command = ["eval", str(runs.one), metrics, *fd, "--data", str(small_photos / "val"), "--batch-size", "2", "--plugin-file",
+               str(tmp_path / "decibels.py")]
     for name, run in (("two", launch), ("one", main)):
         run([*command, "--json", str(tmp_path / f"{name}.json"), "--csv", str(tmp_path / f"{name}.csv")])
     two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
     assert two["metrics"]["images"] == 7 and two["card"]["hardware"]["processes"] == 2
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5) and one["metrics"]["fd_resnet10t_random"] > 0
+    assert 5 < one["metrics"]["decibels"] < 50
     assert two["usage_curve"] == one["usage_curve"] and two["card"]["pixels_sha256"] == one["card"]["pixels_sha256"]
     assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
 
