@@ -45,7 +45,7 @@ def raised(hook, culprit):
 
 
 def wired(**plugins):
-    return Hooks(make_manager(plugins), {}, required=())
+    return Hooks(make_manager(plugins), {}, serve=HOOKS, required=())
 
 
 def arguments(hook, **given):

@@ -78,7 +78,7 @@ class Caller:
             elif isinstance(value, dict):
                 parts = ((f"[{key!r}]", item) for key, item in value.items() if isinstance(item, Tensor))
             elif isinstance(value, Codebook) and self.name != "refresh_codes":
-                codes = ((key, buffer) for key, buffer in value.named_buffers() if buffer.shape[:1] == (value.size,))
+                codes = ((key, buffer) for key, buffer in value.named_buffers() if buffer.shape[:1] == (value.rows,))
                 parts = ((f".{key}", tensor) for key, tensor in (*value.named_parameters(), *codes))
             else:
                 continue

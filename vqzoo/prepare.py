@@ -112,7 +112,12 @@ def make_discriminator(tokenizer: Tokenizer, recipe: Recipe) -> nn.Module | None
 def _rehearse(tokenizer: Tokenizer, recipe: Recipe, number: int) -> None:
     """Refuse a stage in which a plugin watches a loss that nobody returns."""
     hooks, stage = tokenizer.hooks, recipe.stages[number].name
-    returned = tokenizer.rehearse(Progress(0, 0, stage, 0, 0, 1))
+    try:
+        returned = tokenizer.rehearse(Progress(0, 0, stage, 0, 0, 1))
+    except PluginRaised as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        raise UserError(f"stages[{number}]: these plugins do not go together, or not with these sizes: {error}") from error
     for hook in ("reconstruction_loss", "discriminator_loss"):
         returned |= {name for plugin in hooks.plugins(hook) for name in plugin.loss_names()}
     for name, plugin in zip(hooks.providers("stage_transition"), hooks.plugins("stage_transition"), strict=True):

@@ -150,7 +150,8 @@ class Tokenizer(nn.Module):
                 parts = [f"{name}.*" for name, child in self.named_children() if list(child.parameters())]
                 raise UserError(f"{key}: {pattern!r} matches no parameter; {suggestion(pattern, parts)}")
         writers = self.hooks.providers("refresh_codes")
-        if writers and any(name.startswith("codebook.") for name in frozen):
+        codes = {name for name, tensor in self._tensors("codebook") if tensor.shape[:1] == (self.codebook.rows,)}
+        if writers and codes & frozen:
             raise UserError(f"{key}: the codebook is to be frozen, but refresh_codes of {', '.join(writers)} "
                             "overwrites it; set hooks.refresh_codes: [] in this stage")
         for name, parameter in self.named_parameters():
@@ -182,13 +183,14 @@ class Tokenizer(nn.Module):
                 check_vectors(self.hooks, self.codebook)
                 latents = check_entered(self.hooks, self._enter(features), features)
                 found, seen, losses = self._quantize(latents, grid, progress)
-                check_left(self.hooks, self._leave(seen), seen, self.codebook.decoder_width)
+                given = self._leave(seen)
             evaluated = [self._evaluate(latents, grid) for _ in range(2)]
         for quantized in (found, *evaluated):
             check_finite(self.hooks, "quantize", {"codes": quantized.codes})
             check_range(self.hooks, quantized, self.codebook.size)
         check_same(self.hooks, *evaluated)
         check_finite(self.hooks, "straight_through", {"a tensor": seen})
+        check_left(self.hooks, given, seen, self.codebook.decoder_width)
         check_finite(self.hooks, "embedding_loss", {f"loss {name!r}": loss for name, loss in losses.items()})
         for buffer, value in zip(self.buffers(), before, strict=True):
             buffer.copy_(value)
