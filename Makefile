@@ -1,7 +1,7 @@
 # `make quickstart` and `make test` set everything up in .venv, once, and again only when the requirements change.
 PYTHON ?= python3
 
-.PHONY: quickstart test
+.PHONY: quickstart test docs
 
 .venv/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,3 +18,6 @@ quickstart: .venv/installed
 test: .venv/installed-test
 	.venv/bin/ruff check .
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --dist loadfile
+
+docs: .venv/installed
+	.venv/bin/python docs/generate.py

@@ -74,9 +74,9 @@ class EMA(Plugin):
         counts = decay * before + (1 - decay) * chosen
         kept = decay * self.smoothed(before)[:, None] * codebook.vectors()
         vectors = (kept + (1 - decay) * sums) / self.smoothed(counts)[:, None]
-        # GPUs round sums as they come, so that each process has others
+        # GPUs round sums as they come, and each process would have others
         codebook.replace_(torch.arange(codebook.size, device=sums.device), broadcast(vectors), smooth=True)
-        codebook.counts.copy_(counts)  # in the place of those of a strange hand
+        codebook.counts.copy_(counts)  # which `write` has set to those of a foreign hand
         return None
 
     def smoothed(self, counts):

@@ -12,7 +12,7 @@ class NSVQ(Plugin):
     """NSVQ: keeps every code near a drifting encoder; wraps anyone's embedding loss, so combine it with `vq` or `simvq`.
 
     weight is the paper's α and temperature its τ, on squared distances summed over D. Codes that an epoch never used are
-    replaced at its end, after `replace_after` epochs, by copies of active codes, drawn in proportion to their counts,
+    replaced at its end, after `replace_after` epochs, by copies of their table's active codes, drawn in proportion to counts,
     plus noise of standard deviation `noise`. The stage is over when the epoch mean of the commitment loss has had no new
     minimum for `patience` epochs (eq. 13). While codes are far from where the encoder goes, that loss rises first: where
     epochs are short, `plateau_after` leaves out those of the beginning.

@@ -1,6 +1,5 @@
 """README's first screen is true: its plugin trains, its commands run, its table is the zoo."""
 
-import importlib.metadata
 import json
 import os
 import re
@@ -8,7 +7,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -39,30 +37,26 @@ def commands(start):
     return [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.startswith(start)]
 
 
-def test_the_plugin_of_the_readme_trains(tmp_path, monkeypatch):
+def test_the_plugin_of_the_readme_trains(tmp_path):
     source = next(block for block in blocks("python") if "hookimpl" in block)
     body = [line for line in source.split('"""')[-1].splitlines() if line.strip()]
     assert len(body) <= 15
-    module = types.ModuleType("cosine_for_readme")
-    exec(compile(source, "README.md", "exec"), vars(module))
-    module.Cosine.__module__ = module.__name__
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    real = importlib.metadata.entry_points
-    mine = importlib.metadata.EntryPoint("cosine", f"{module.__name__}:Cosine", sources.GROUP)
-    monkeypatch.setattr(sources, "entry_points", lambda group: [*real(group=group), mine])
+    (tmp_path / "cosine.py").write_text(source)
     recipe = tmp_path / "cosine.yaml"
     plugins = re.search(r"plugins: \{vq: \{\}, cosine: \{\}, pixel: \{\}\}", README)
     recipe.write_text(TINY + plugins.group())
-    assert cli.main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 0
-    assert vqzoo.Tokenizer.from_pretrained(tmp_path / "run").hooks.providers("quantize") == ["cosine"]
+    with sources.also([str(tmp_path / "cosine.py")]):
+        assert cli.main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 0
+        assert vqzoo.Tokenizer.from_pretrained(tmp_path / "run").hooks.providers("quantize") == ["cosine"]
 
 
 def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(TINY + "plugins: {vq: {}, nsvq: {}, pixel: {}}\n")
+    (tmp_path / "cosine.py").write_text(next(block for block in blocks("python") if "hookimpl" in block))
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (40, 50), "teal").save(tmp_path / "photos" / "teal.png")
-    names = {"RECIPE": "tiny.yaml", "[key=value ...]": "seed=1", "[--out DIR]": "--out run",
+    names = {"[RECIPE]": "tiny.yaml", "RECIPE": "tiny.yaml", "[key=value ...]": "seed=1", "[--out DIR]": "--out run",
              "[--resume auto]": "--resume auto", "[--insist]": "",
              "[--json]": "--json", "RUN_OR_TOKENIZER_OR_FOLDER": "run", "RUN_OR_TOKENIZER": "run",
              "--data DIR": "--data photos",
@@ -70,10 +64,15 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
              "[--save-images DIR]": "", "[--protocol NAME]": "--protocol simvq",
              "[--metrics psnr,ssim]": "--metrics psnr,ssim", "A.json B.json": "scores.json run/metrics.json",
              "[--mixed]": "--mixed", "list|fetch|verify": "list", "[NAME ...]": "", "[--dir DIR]": "",
-             "IMAGES...": "photos/teal.png", "--out DIR": "--out decoded"}
+             "IMAGES...": "photos/teal.png", "--out DIR": "--out decoded",
+             "check-plugin cosine": "check-plugin cosine --only indices_are_in_range",
+             "check-plugin PLUGIN": "check-plugin vq --only indices_are_in_range",
+             "new-plugin NAME": "new-plugin mine", "[--plugins A,B]": "--plugins vq,pixel"}
     lines = commands("vqzoo ")
     lines = [line for line in lines if "fd.name" not in line]  # which needs a file of weights
-    assert [line.split()[1] for line in lines] == ["run", "check", "eval", "compare", "weights", "encode", "decode", "plugins"]
+    assert [line.split()[1] for line in lines] == [
+        "check-plugin", "run", "new-plugin", "run", "check", "eval", "compare", "weights", "encode", "decode", "plugins",
+        "new-plugin", "check-plugin", "bench", "doctor"]
     for line in lines:
         for placeholder, value in names.items():
             line = line.replace(placeholder, value)
@@ -81,6 +80,7 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
     assert {"recipe.yaml", "metrics.json", "reconstructions.png", "tensorboard", "checkpoints", "tokenizer", "best"} == {
         path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")
     }
+    assert (tmp_path / "vqzoo-cosine" / "vqzoo_cosine.py").is_file() and (tmp_path / "vqzoo-mine" / "pyproject.toml").is_file()
     assert (tmp_path / "scores.json").is_file() and (tmp_path / "decoded" / "teal.png").is_file()
 
 

@@ -169,6 +169,7 @@ def _plugin_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
     bench = command("bench", _bench, "compare plugins")
     bench.add_argument("suite", choices=("compose",), help="compose: do all pairs of plugins train together, or say why not?")
+    bench.add_argument("overrides", nargs="*", metavar="PLUGIN.key=value", help="such as perceptual.pretrained=false")
     bench.add_argument("--plugins", metavar="A,B,...", help="these alone; by default all that are installed")
     bench.add_argument("--json", metavar="FILE", help="also write the matrix to this file")
 

@@ -1,0 +1,217 @@
+"""The documentation is true: every block runs, every output is what came, every hook has text, arguments and an example."""
+
+import importlib.util
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vqzoo import cli, hookspecs, sources
+from vqzoo.recipe import load_recipe
+from vqzoo.testing import CHECKS, Subject
+from vqzoo.testing.suite import concerned, run_checks
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+MARK = re.compile(r"# (?P<file>\S+\.(py|yaml))(: in the place of its last (?P<lines>\d+) lines)?\n")
+"""The first line of a block that is a file, or that replaces the end of one."""
+
+SMALL = {
+    "vqzoo run": ["epochs=2", "epoch_steps=2", "data.batch_size=4", "data.workers=0", "optim.warmup_steps=1"],
+    "vqzoo run quickstart": ["epochs=1", "stages=[{name: train}]", "data.resolution=[32, 32]", "decoder.args.width=16"],
+    "vqzoo check-plugin": ["--only", "docstring_has_a_summary", "--only", "refresh_takes_any_counts"],
+}
+"""What is added to commands, so that they take no time."""
+
+SLOW = ("processes_stay_equal", "compiled_networks_train_alike", "a_run_goes_on_bit_for_bit", "it_works_beside_other_plugins",
+        "memory_stays_flat")
+"""The checks that take longest, which examples pass as well, but not here."""
+
+NUMBER = r"-?\d[\d,.]*(e-?\d+)?"
+
+spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
+generate = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = generate
+spec.loader.exec_module(generate)
+
+EXAMPLES = generate.examples()
+
+
+def blocks(page):
+    """Return a page's blocks as (language, content, line)."""
+    text = page.read_text()
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [(match[1], match[2], text.count("\n", 0, match.start()) + 1) for match in found]
+
+
+class Reader:
+    """Do what a page says, block by block, in a folder of its own."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.site, self.monkeypatch = folder / "reader", folder / "site", monkeypatch
+        self.namespace = {"__name__": "__main__"}
+        (self.folder / "kodak").mkdir(parents=True)
+        for number in range(24):
+            Image.new("RGB", (72, 64), (10 * number, 100, 50)).save(self.folder / "kodak" / f"{number:02}.png")
+        (self.folder / "docs").symlink_to(DOCS)
+        monkeypatch.setattr(sources, "entry_points", entry_points)  # what is installed on the way counts
+        monkeypatch.chdir(self.folder)
+        monkeypatch.syspath_prepend(str(self.folder))
+
+    def python(self, content):
+        if not self.write(content):
+            exec(compile(content, "a block of Python", "exec"), self.namespace)
+
+    def yaml(self, content):
+        name = self.write(content)
+        assert name, "a recipe begins with the name of its file"
+        with sources.also(files=[*map(str, self.folder.glob("*.py")), *(str(example.path) for example in EXAMPLES)]):
+            load_recipe(name)
+
+    def write(self, content):
+        """Write a block that is a file and return the file's name."""
+        if not (mark := MARK.match(content)):
+            return None
+        path = Path(mark["file"])
+        if mark["lines"]:
+            kept = path.read_text().splitlines(keepends=True)[: -int(mark["lines"])]
+            content = "".join(kept) + content[mark.end() :]
+        if path.suffix == ".py":
+            compile(content, str(path), "exec")
+        path.write_text(content)
+        return str(path)
+
+    def sh(self, content, output):
+        """Run the commands of a block; one may fail if its output says that it does."""
+        came = io.StringIO()
+        may_fail = re.search(r"^vqzoo: |^  FAILED ", output or "", flags=re.MULTILINE)
+        for line in content.splitlines():
+            words = shlex.split(line, comments=True)
+            with self.monkeypatch.context() as patch, redirect_stdout(came), redirect_stderr(came):
+                while "=" in words[0]:
+                    patch.setenv(*words.pop(0).split("=", 1))
+                status = getattr(self, f"do_{words[0]}")(words)
+            assert not status or may_fail, f"{line}\n{came.getvalue()[-2000:]}"
+        self.compare(output or "", came.getvalue())
+
+    def do_vqzoo(self, words):
+        added = list(SMALL.get(" ".join(words[:2]), ()))
+        recipe = Path(words[2]) if words[1] == "run" else None
+        if recipe and (str(recipe) == "quickstart" or "extends: quickstart" in recipe.read_text()):
+            added += SMALL["vqzoo run quickstart"]
+        return cli.main([*words[1:], *added])
+
+    def do_cd(self, words):
+        self.monkeypatch.chdir(words[1])
+
+    def do_cp(self, words):
+        shutil.copy(words[1], words[2])
+
+    def do_pip(self, words):
+        assert words == ["pip", "install", "-e", ".[test]"]
+        options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(self.site)]
+        subprocess.run([sys.executable, "-m", "pip", "install", *options, "."], check=True, timeout=120)
+        self.monkeypatch.syspath_prepend(str(self.site))
+
+    def do_pytest(self, words):
+        environment = {**os.environ, "PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-m", "pytest", "-k", "often or refresh"], env=environment, capture_output=True, text=True,
+                              timeout=300)
+        print(done.stdout, done.stderr)
+        return done.returncode
+
+    def compare(self, shown, output):
+        """Require the lines shown, in their order, to be among those that came; … stands for anything, numbers vary."""
+        came = iter(output.splitlines())
+        for line in shown.splitlines():
+            pattern = re.sub(NUMBER, lambda _: NUMBER, re.escape(line).replace("\\ ", " ").replace("…", ".*"))
+            pattern = re.sub(" +", " +", pattern)
+            if line.strip(" …"):
+                assert any(re.fullmatch(pattern, found.rstrip()) for found in came), f"{line!r} is not in\n{output[-2000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs_from_top_to_bottom(page, tiny_runs, tmp_path, monkeypatch):
+    reader, found = Reader(tmp_path, monkeypatch), blocks(page)
+    for number, (language, content, line) in enumerate(found):
+        following = found[number + 1][:2] if number + 1 < len(found) else ("", "")
+        try:
+            if language == "sh":
+                reader.sh(content, following[1] if following[0] == "text" else None)
+            elif language != "text":
+                getattr(reader, language)(content)
+        except Exception as error:
+            raise AssertionError(f"{page.name}:{line}: {error}") from error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_block_that_nothing_runs_is_the_output_of_commands(page):
+    languages = [language for language, _, _ in blocks(page)]
+    assert page.read_text().count("```") == 2 * len(languages)
+    assert set(languages) <= {"python", "yaml", "sh", "text"}
+    assert all(languages[number - 1] == "sh" for number, language in enumerate(languages) if language == "text")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_of_the_documentation_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+        target = DOCS / path if path else page
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE) if anchor else []
+        assert not anchor or anchor in headings, f"{path}#{anchor}"
+
+
+def test_the_index_has_every_page():
+    index = (DOCS / "README.md").read_text()
+    assert all(f"]({page.name})" in index for page in PAGES if page.name != "README.md")
+
+
+# ---- what is written from the code
+
+
+def test_the_generated_pages_are_up_to_date():
+    for path, text in generate.pages().items():
+        assert path.read_text() == text, f"{path.name} is not what the code says: make docs"
+
+
+def test_make_docs_is_what_writes_them():
+    assert re.search(r"^docs: .*\n\t\.venv/bin/python docs/generate.py$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_every_check_is_listed():
+    page = (DOCS / "contract.md").read_text()
+    assert all(f"- `{one.name}` (" in page and one.sentence in page for one in CHECKS)
+
+
+@pytest.mark.parametrize("hook", sources.SPECS)
+def test_a_hook_has_its_text_its_arguments_and_an_example(hook):
+    section = (DOCS / "hooks.md").read_text().split(f"\n## {hook}\n")[1].split("\n## ")[0]
+    assert f"`{hook}({', '.join(sources.SPECS[hook])})`" in section
+    assert getattr(hookspecs, hook).__doc__.split("\n")[0] in section
+    assert set(sources.SPECS[hook]) <= set(generate.ARGUMENTS)
+    assert [example.name for example in EXAMPLES if hook in example.hooks and f"examples/{example.name}.py" in section]
+
+
+def test_no_argument_is_explained_that_no_hook_gives():
+    assert set(generate.ARGUMENTS) == {name for arguments in sources.SPECS.values() for name in arguments}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_an_example_shows_the_hooks_that_it_says_and_keeps_the_contract(example):
+    with sources.also(files=[str(example.path)]):
+        subject = Subject(example.name)
+        assert set(example.hooks) <= set(subject.offered)
+        names = [one.name for one in concerned(subject) if one.name not in SLOW]
+        failed = [str(result) for result in run_checks(subject, {}, names) if result.outcome not in ("ok", "skipped")]
+    assert not failed
