@@ -22,7 +22,7 @@ ARGUMENTS = {
     "counts": "how often each code was assigned in this optimizer step [K], over all processes; None without indices",
     "discriminator": "the discriminator, or None; in `reconstruction_loss` its parameters take no gradient",
     "entering": "the name of the stage that begins",
-    "epoch_counts": "how often each code was assigned since the epoch's start [K], over all processes; None without indices",
+    "epoch_counts": "how often each code was assigned since the epoch's start [K], over all processes; zeros without indices",
     "extras": "tensors that `quantize` hands on to the other hooks of its method, by name",
     "generator": "a `torch.Generator` on the codes' device, in the same state on every process; draw with nothing else",
     "grid": "the token grid (h, w), row-major",

@@ -1,5 +1,6 @@
 """The documentation is true: every block runs, every output is what came, every hook has text, arguments and an example."""
 
+import functools
 import importlib.util
 import io
 import os
@@ -55,6 +56,72 @@ def blocks(page):
     return [(match[1], match[2], text.count("\n", 0, match.start()) + 1) for match in found]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_block_that_nothing_runs_is_the_output_of_commands(page):
+    languages = [language for language, _, _ in blocks(page)]
+    assert page.read_text().count("```") == 2 * len(languages)
+    assert set(languages) <= {"python", "yaml", "sh", "text"}
+    assert all(languages[number - 1] == "sh" for number, language in enumerate(languages) if language == "text")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_of_the_documentation_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+        target = DOCS / path if path else page
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE) if anchor else []
+        assert not anchor or anchor in headings, f"{path}#{anchor}"
+
+
+def test_the_index_has_every_page():
+    index = (DOCS / "README.md").read_text()
+    assert all(f"]({page.name})" in index for page in PAGES if page.name != "README.md")
+
+
+# ---- what is written from the code
+
+
+def test_the_generated_pages_are_up_to_date():
+    for path, text in generate.pages().items():
+        assert path.read_text() == text, f"{path.name} is not what the code says: make docs"
+
+
+def test_make_docs_is_what_writes_them():
+    assert re.search(r"^docs: .*\n\t\.venv/bin/python docs/generate.py$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_every_check_is_listed():
+    page = (DOCS / "contract.md").read_text()
+    assert all(f"- `{one.name}` (" in page and one.sentence in page for one in CHECKS)
+
+
+@pytest.mark.parametrize("hook", sources.SPECS)
+def test_a_hook_has_its_text_its_arguments_and_an_example(hook):
+    section = (DOCS / "hooks.md").read_text().split(f"\n## {hook}\n")[1].split("\n## ")[0]
+    assert f"`{hook}({', '.join(sources.SPECS[hook])})`" in section
+    assert getattr(hookspecs, hook).__doc__.split("\n")[0] in section
+    assert set(sources.SPECS[hook]) <= set(generate.ARGUMENTS)
+    assert [example.name for example in EXAMPLES if hook in example.hooks and f"examples/{example.name}.py" in section]
+
+
+def test_no_argument_is_explained_that_no_hook_gives():
+    assert set(generate.ARGUMENTS) == {name for arguments in sources.SPECS.values() for name in arguments}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_an_example_shows_the_hooks_that_it_says_and_keeps_the_contract(example, monkeypatch):
+    monkeypatch.setattr(sources, "entry_points", functools.cache(entry_points))
+    with sources.also(files=[str(example.path)]):
+        subject = Subject(example.name)
+        assert set(example.hooks) <= set(subject.offered)
+        names = [one.name for one in concerned(subject) if one.name not in SLOW]
+        failed = [str(result) for result in run_checks(subject, {}, names) if result.outcome not in ("ok", "skipped")]
+    assert not failed
+
+
+# ---- what runs, last, since `tiny_runs` makes the checks above slow
+
+
 class Reader:
     """Do what a page says, block by block, in a folder of its own."""
 
@@ -65,7 +132,7 @@ class Reader:
         for number in range(24):
             Image.new("RGB", (72, 64), (10 * number, 100, 50)).save(self.folder / "kodak" / f"{number:02}.png")
         (self.folder / "docs").symlink_to(DOCS)
-        monkeypatch.setattr(sources, "entry_points", entry_points)  # what is installed on the way counts
+        monkeypatch.setattr(sources, "entry_points", functools.cache(entry_points))
         monkeypatch.chdir(self.folder)
         monkeypatch.syspath_prepend(str(self.folder))
 
@@ -123,11 +190,12 @@ class Reader:
         options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(self.site)]
         subprocess.run([sys.executable, "-m", "pip", "install", *options, "."], check=True, timeout=120)
         self.monkeypatch.syspath_prepend(str(self.site))
+        self.monkeypatch.setattr(sources, "entry_points", functools.cache(entry_points))
 
     def do_pytest(self, words):
         environment = {**os.environ, "PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", "pytest", "-k", "often or refresh"], env=environment, capture_output=True, text=True,
-                              timeout=300)
+        command = [sys.executable, "-m", "pytest", "-k", "often or refresh"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         print(done.stdout, done.stderr)
         return done.returncode
 
@@ -153,65 +221,3 @@ def test_a_page_runs_from_top_to_bottom(page, tiny_runs, tmp_path, monkeypatch):
                 getattr(reader, language)(content)
         except Exception as error:
             raise AssertionError(f"{page.name}:{line}: {error}") from error
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_block_that_nothing_runs_is_the_output_of_commands(page):
-    languages = [language for language, _, _ in blocks(page)]
-    assert page.read_text().count("```") == 2 * len(languages)
-    assert set(languages) <= {"python", "yaml", "sh", "text"}
-    assert all(languages[number - 1] == "sh" for number, language in enumerate(languages) if language == "text")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_of_the_documentation_lead_somewhere(page):
-    for path, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
-        target = DOCS / path if path else page
-        assert target.exists(), path
-        headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE) if anchor else []
-        assert not anchor or anchor in headings, f"{path}#{anchor}"
-
-
-def test_the_index_has_every_page():
-    index = (DOCS / "README.md").read_text()
-    assert all(f"]({page.name})" in index for page in PAGES if page.name != "README.md")
-
-
-# ---- what is written from the code
-
-
-def test_the_generated_pages_are_up_to_date():
-    for path, text in generate.pages().items():
-        assert path.read_text() == text, f"{path.name} is not what the code says: make docs"
-
-
-def test_make_docs_is_what_writes_them():
-    assert re.search(r"^docs: .*\n\t\.venv/bin/python docs/generate.py$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-
-
-def test_every_check_is_listed():
-    page = (DOCS / "contract.md").read_text()
-    assert all(f"- `{one.name}` (" in page and one.sentence in page for one in CHECKS)
-
-
-@pytest.mark.parametrize("hook", sources.SPECS)
-def test_a_hook_has_its_text_its_arguments_and_an_example(hook):
-    section = (DOCS / "hooks.md").read_text().split(f"\n## {hook}\n")[1].split("\n## ")[0]
-    assert f"`{hook}({', '.join(sources.SPECS[hook])})`" in section
-    assert getattr(hookspecs, hook).__doc__.split("\n")[0] in section
-    assert set(sources.SPECS[hook]) <= set(generate.ARGUMENTS)
-    assert [example.name for example in EXAMPLES if hook in example.hooks and f"examples/{example.name}.py" in section]
-
-
-def test_no_argument_is_explained_that_no_hook_gives():
-    assert set(generate.ARGUMENTS) == {name for arguments in sources.SPECS.values() for name in arguments}
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
-def test_an_example_shows_the_hooks_that_it_says_and_keeps_the_contract(example):
-    with sources.also(files=[str(example.path)]):
-        subject = Subject(example.name)
-        assert set(example.hooks) <= set(subject.offered)
-        names = [one.name for one in concerned(subject) if one.name not in SLOW]
-        failed = [str(result) for result in run_checks(subject, {}, names) if result.outcome not in ("ok", "skipped")]
-    assert not failed

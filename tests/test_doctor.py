@@ -14,7 +14,9 @@ from test_data import FakeStream
 
 from vqzoo import cli, doctor, prepare, sources, weights
 from vqzoo.data import StreamDataset
+from vqzoo.doctor import copies, images, installation, machine, recipe, trial
 from vqzoo.errors import Interrupted
+from vqzoo.trainer import Trainer
 
 RECIPE = """
 epochs: 9
@@ -95,7 +97,7 @@ def only(findings, *fragments):
 
 def test_without_a_recipe_the_machine_the_plugins_the_weights_and_the_environment_are_described(monkeypatch, tmp_path):
     monkeypatch.setenv("VQZOO_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr(doctor, "check_compiler", lambda device: None)
+    monkeypatch.setattr(machine, "check_compiler", lambda device: None)
     seen = consult()
     assert seen.code == 0 and "nothing is wrong" in seen.out
     only(seen.ok, f"torch {torch.__version__.partition('+')[0]}", "timm", "pluggy", "omegaconf", "vqzoo")
@@ -111,7 +113,7 @@ def test_a_compiler_that_does_not_work_is_a_note(monkeypatch):
         raise RuntimeError("no compiler is found")
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(doctor, "MACHINE", {"machine": doctor._compiler})
+    monkeypatch.setattr(doctor, "MACHINE", {"machine": machine._compiler})
     seen = consult()
     assert seen.code == 0 and only(seen.note, "compile:", "no compiler is found", "compile=false")
 
@@ -128,11 +130,11 @@ def test_packages_that_are_out_of_date_or_missing_are_wrong(monkeypatch):
 
     def version(name):
         if name == "pluggy":
-            raise doctor.PackageNotFoundError(name)
+            raise machine.PackageNotFoundError(name)
         return found.get(name, "99.0")
 
-    monkeypatch.setattr(doctor, "version", version)
-    monkeypatch.setattr(doctor, "MACHINE", {"machine": doctor._versions})
+    monkeypatch.setattr(machine, "version", version)
+    monkeypatch.setattr(doctor, "MACHINE", {"machine": machine._versions})
     seen = consult()
     assert seen.code == 1 and len(seen.WRONG) == 2
     only(seen.WRONG, "timm 0.9.1 is out of date", "timm>=", "pip install")
@@ -146,7 +148,7 @@ def test_packages_that_are_out_of_date_or_missing_are_wrong(monkeypatch):
 ])
 def test_a_plugin_that_cannot_be_used_is_wrong_and_the_others_are_listed(content, fragments, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(content)
-    monkeypatch.setattr(doctor, "MACHINE", {"plugins": doctor._plugins})
+    monkeypatch.setattr(doctor, "MACHINE", {"plugins": installation.examine_plugins})
     seen = consult("--plugin-file", tmp_path / "mine.py")
     assert seen.code == 1
     only(seen.WRONG, "mine", *fragments, sources.DENY)
@@ -155,7 +157,7 @@ def test_a_plugin_that_cannot_be_used_is_wrong_and_the_others_are_listed(content
 
 def test_a_plugin_that_the_environment_excludes_is_a_note_and_a_name_that_two_have_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "simvq.py").write_text("")
-    monkeypatch.setattr(doctor, "MACHINE", {"plugins": doctor._plugins})
+    monkeypatch.setattr(doctor, "MACHINE", {"plugins": installation.examine_plugins})
     monkeypatch.setenv(sources.DENY, "gan")
     seen = consult("--plugin-file", tmp_path / "simvq.py")
     assert seen.code == 1 and len(seen.WRONG) == 1
@@ -165,7 +167,7 @@ def test_a_plugin_that_the_environment_excludes_is_a_note_and_a_name_that_two_ha
 
 def test_a_torn_file_of_weights_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setenv("VQZOO_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr(doctor, "MACHINE", {"weights": doctor._weights})
+    monkeypatch.setattr(doctor, "MACHINE", {"weights": installation.examine_weights})
     weights.SOURCES["alexnet"].file.write_bytes(b"torn")
     seen = consult()
     assert seen.code == 1
@@ -173,11 +175,11 @@ def test_a_torn_file_of_weights_is_wrong(tmp_path, monkeypatch):
 
 
 def test_every_variable_that_is_read_is_known_and_one_that_nobody_reads_is_a_note(monkeypatch):
-    root = Path(doctor.__file__).parent
+    root = Path(cli.__file__).parent
     read = {name for path in root.rglob("*.py") for name in re.findall(r"\bVQZOO_[A-Z_]+", path.read_text())}
-    assert read <= set(doctor.VARIABLES)
+    assert read <= set(installation.VARIABLES)
     monkeypatch.setenv("VQZOO_OFLINE", "1")
-    monkeypatch.setattr(doctor, "MACHINE", {"environment": doctor._environment})
+    monkeypatch.setattr(doctor, "MACHINE", {"environment": installation.examine_environment})
     seen = consult()
     only(seen.note, "VQZOO_OFLINE=1", "VQZOO_OFFLINE")
 
@@ -186,7 +188,7 @@ def test_a_gpu_that_torch_cannot_use_is_wrong_unless_it_is_hidden(monkeypatch):
     exists = Path.exists
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl" or exists(path))
-    monkeypatch.setattr(doctor, "MACHINE", {"machine": doctor._devices})
+    monkeypatch.setattr(doctor, "MACHINE", {"machine": machine._devices})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     seen = consult()
     assert seen.code == 1 and only(seen.WRONG, "NVIDIA GPU", "driver")
@@ -198,8 +200,8 @@ def test_the_configuration_of_accelerate_is_told(monkeypatch, tmp_path):
     file = tmp_path / "default_config.yaml"
     file.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed_precision: bf16\nnum_processes: 3\n"
                     "use_cpu: true\n")
-    monkeypatch.setattr(doctor, "default_config_file", str(file))
-    monkeypatch.setattr(doctor, "MACHINE", {"processes": doctor._processes})
+    monkeypatch.setattr(installation, "default_config_file", str(file))
+    monkeypatch.setattr(doctor, "MACHINE", {"processes": installation.examine_processes})
     seen = consult()
     only(seen.ok, "would start 3", file)
     only(seen.note, "bf16", "recipe's precision")
@@ -241,28 +243,28 @@ def test_a_sound_recipe_is_tried_in_every_stage_and_leaves_nothing(visit):
 
 def test_a_dry_run_sees_two_steps_of_each_stage_and_evaluates_a_batch(visit, monkeypatch):
     steps, measured = [], []
-    step, evaluate = doctor.Trainer._step, doctor.eval_batches
-    monkeypatch.setattr(doctor.Trainer, "_step", lambda self, *words: (steps.append(self.stage), step(self, *words))[1])
-    monkeypatch.setattr(doctor, "eval_batches", lambda *words, **how: (measured.append(how), evaluate(*words, **how))[1])
-    monkeypatch.setattr(doctor.Trainer, "_evaluate", None)
-    monkeypatch.setattr(doctor.Trainer, "_save", None)
+    step, evaluate = Trainer._step, trial.eval_batches
+    monkeypatch.setattr(Trainer, "_step", lambda self, *words: (steps.append(self.stage), step(self, *words))[1])
+    monkeypatch.setattr(trial, "eval_batches", lambda *words, **how: (measured.append(how), evaluate(*words, **how))[1])
+    monkeypatch.setattr(Trainer, "_evaluate", None)
+    monkeypatch.setattr(Trainer, "_save", None)
     assert visit().code == 0
     assert steps == ["joint", "joint", "refine", "refine"] and measured == [{"limit": 4}]
 
 
 def test_the_whole_recipe_is_reckoned_from_the_seconds_of_each_stage():
     marks = [("a", 0, 0.0), ("a", 1, 50.0), ("a", 2, 52.0), ("b", 1, 90.0), ("b", 2, 95.0)]
-    assert doctor._seconds(marks) == {"a": 2.0, "b": 5.0}
+    assert trial._seconds(marks) == {"a": 2.0, "b": 5.0}
 
 
 def test_the_time_of_the_whole_is_that_of_its_steps_and_evaluations(visit, monkeypatch):
     """2 epochs of 4 steps of 1 s, 7 of 4 steps of 2 s; 7 images every third epoch and at the end, 0.1 s each."""
-    monkeypatch.setattr(doctor, "_timed", lambda recipe, folder: doctor.Speed({"joint": 1.0, "refine": 2.0}, 0.1, 100.0))
+    monkeypatch.setattr(trial, "_timed", lambda recipe, folder: trial.Speed({"joint": 1.0, "refine": 2.0}, 0.1, 100.0))
     assert only(visit().ok, "roughly 67 s here, 2.80 s of it to evaluate")
 
 
 def test_a_slow_machine_ends_the_dry_run_after_a_stage(visit, monkeypatch):
-    monkeypatch.setattr(doctor, "STEP_SECONDS", -1.0)
+    monkeypatch.setattr(trial, "STEP_SECONDS", -1.0)
     seen = visit()
     assert seen.code == 0
     only(seen.note, "stages refine were not tried")
@@ -328,8 +330,8 @@ def test_a_loss_without_its_weights_is_wrong(visit, tmp_path, monkeypatch):
 
 def test_too_little_memory_and_too_little_room_are_wrong_with_what_to_turn(visit, monkeypatch):
     usage = shutil.disk_usage
-    monkeypatch.setattr(doctor, "_memory_free", lambda: 1000)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    monkeypatch.setattr(recipe, "memory_free", lambda: 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
     seen = visit()
     assert seen.code == 1
     only(seen.WRONG, "out of memory", "are predicted", "accumulate=2")
@@ -340,7 +342,7 @@ def test_memory_that_runs_short_in_the_dry_run_is_wrong(visit, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(doctor.Trainer, "_step", exhausted)
+    monkeypatch.setattr(Trainer, "_step", exhausted)
     seen = visit()
     assert seen.code == 1
     only(seen.WRONG, "dry run: ", "out of memory", "data.batch_size")
@@ -350,7 +352,7 @@ def test_a_signal_ends_the_examination(visit, monkeypatch):
     def stopped(*_):
         raise Interrupted("SIGINT", 2)
 
-    monkeypatch.setattr(doctor.Trainer, "_step", stopped)
+    monkeypatch.setattr(Trainer, "_step", stopped)
     seen = visit()
     assert seen.code == 130 and "interrupted by a signal; of a dry run nothing is kept" in seen.err
 
@@ -402,7 +404,7 @@ def test_too_few_images_for_a_batch_or_for_the_codes_are_notes(visit, photos):
 
 def test_of_many_images_a_sample_is_decoded_and_that_is_said(visit, photos, monkeypatch):
     (photos / "train" / "15.png").write_text("no picture")
-    monkeypatch.setattr(doctor, "MOST_DECODED", 8)
+    monkeypatch.setattr(images, "MOST_DECODED", 8)
     seen = visit()
     assert seen.code == 0  # 15.png is not among 0, 2, 4, ...
     only(seen.ok, "train: 16 images, of which 8 at even distances were decoded")
@@ -410,8 +412,8 @@ def test_of_many_images_a_sample_is_decoded_and_that_is_said(visit, photos, monk
 
 
 def test_looking_at_images_ends_when_its_time_is_over(visit, monkeypatch):
-    monkeypatch.setattr(doctor, "SCAN_SECONDS", -1.0)
-    monkeypatch.setattr(doctor, "HASH_SECONDS", -1.0)
+    monkeypatch.setattr(images, "SCAN_SECONDS", -1.0)
+    monkeypatch.setattr(copies, "HASH_SECONDS", -1.0)
     seen = visit()
     assert seen.code == 0
     only(seen.ok, "train: 16 images", "the first 0 of 16")
@@ -419,7 +421,7 @@ def test_looking_at_images_ends_when_its_time_is_over(visit, monkeypatch):
 
 
 def test_slow_images_are_a_note(visit, monkeypatch):
-    monkeypatch.setattr(doctor, "_reading_speed", lambda recipe, dataset: 0.5)
+    monkeypatch.setattr(images, "_reading_speed", lambda recipe, dataset: 0.5)
     assert only(visit().note, "reading gives 0", "data.workers")
 
 
@@ -452,7 +454,7 @@ def test_a_stream_is_tried_and_what_was_not_looked_at_is_said(visit, monkeypatch
     def stream(config, split):
         return StreamDataset(FakeStream(12), f"wds/fake/{split}", config)
 
-    for module in (doctor, prepare):
+    for module in (images, prepare):
         monkeypatch.setattr(module, "make_dataset", stream)
     seen = visit("epoch_steps=5")
     assert seen.code == 0, seen.out

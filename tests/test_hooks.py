@@ -123,6 +123,7 @@ def install(monkeypatch):
     monkeypatch.setattr(vqzoo.sources, "entry_points", lambda group: list(installed))
 
     def add(*entries, **kinds):
+        vqzoo.sources._entries.cache_clear()
         installed.extend(entries)
         for name, kind in kinds.items():
             monkeypatch.setattr(sys.modules[__name__], kind.__name__, kind, raising=False)

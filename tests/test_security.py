@@ -585,6 +585,7 @@ def test_an_excluded_plugin_is_told_and_never_imported(variable, value, way_out,
 def test_an_excluded_plugin_does_not_clash_with_another_of_its_name(strangers, monkeypatch, tmp_path):
     info = tmp_path / "site" / "vqzoo_other-1.0.dist-info"
     (info / "entry_points.txt").write_text("[vqzoo]\nvq = other_song:Song\n")
+    sources._entries.cache_clear()
     assert "vq" not in sources.available() and "simvq" in sources.available()  # the others work
     with pytest.raises(UserError, match="plugins.vq: .*several have this name.*vqzoo-other.*VQZOO_DENY_PLUGINS"):
         sources.find("vq")
@@ -685,19 +686,24 @@ FORBIDDEN = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "ru
 RUNNING = ("eval", "exec", "compile", "__import__")
 METHODS = ("extract", "extractall", "unpack_archive", "system", "popen", "load_state_dict_from_url", "unsafe_load",
            "register_for_checkpointing")
-MAY_IMPORT = {"sources.py", "__init__.py"}
-"""Where modules are imported by a name that is not written there: of installed plugins, and of vqzoo itself."""
+MAY_IMPORT = {"sources.py", "__init__.py", "rank.py"}
+"""Where modules are imported by a name that is not written there: of installed plugins, of plugins under test, and of vqzoo itself."""
+
+EXCEPTIONS = {"vqzoo/sources.py": {"sys.path"}, "vqzoo/testing/doors.py": {"pickle"}, "vqzoo/testing/processes.py":
+              {"subprocess", "sys.path"}, "vqzoo/testing/rank.py": {"sys.path"}}
+"""What reads the path, to see whether a distribution has come; and the tests of plugins, which pickle and start what they made
+themselves, with the path that they have."""
 
 
 @pytest.mark.parametrize("path", HOST, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_line_can_run_what_a_file_holds(path):
-    tree = ast.parse(path.read_text())
+    tree, allowed = ast.parse(path.read_text()), EXCEPTIONS.get(str(path.relative_to(ROOT)), set())
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            assert not [name for name in names if name.partition(".")[0] in FORBIDDEN], names
+            assert not [name for name in names if name.partition(".")[0] in set(FORBIDDEN) - allowed], names
         if isinstance(node, ast.Attribute):
-            assert ast.unparse(node) not in ("sys.path", "torch.hub.load"), node.lineno
+            assert ast.unparse(node) not in {"sys.path", "torch.hub.load"} - allowed, node.lineno
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}

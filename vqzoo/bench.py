@@ -28,7 +28,6 @@ from vqzoo.evaluation import EvaluateConfig
 from vqzoo.evaluation.report import to_json
 from vqzoo.hookspecs import DOORS, REQUIRED
 from vqzoo.instance import make_plugin
-from vqzoo.ops import discriminator_loss
 from vqzoo.plugin import Plugin, hookimpl
 from vqzoo.recipe import (
     CheckpointConfig,
@@ -72,11 +71,7 @@ class Enough(UserError):
 
 
 class Frame(Plugin):
-    """Frame: a loss for any discriminator, and a cell's end: after an epoch of both stages and one evaluation."""
-
-    @hookimpl
-    def discriminator_loss(self, images, reconstructions, discriminator):
-        return {FRAME: discriminator_loss("hinge", discriminator(images), discriminator(reconstructions))}
+    """Frame: a cell's end, after an epoch of both stages and one evaluation."""
 
     @hookimpl
     def stage_transition(self, progress):
@@ -203,7 +198,7 @@ class Matrix:
                     claims.append(Provider(claim.plugin, hook, self.offers[claim.plugin][hook]))
         adversarial = any(hook in self.offers[provider.plugin] for provider in pair for hook in ADVERSARIAL)
         rest = dict.fromkeys(REQUIRED, REFERENCE)
-        rest |= {"make_discriminator": REFERENCE, "discriminator_loss": FRAME} if adversarial else {}
+        rest |= dict.fromkeys(ADVERSARIAL, REFERENCE) if adversarial else {}
         routes: dict[str, list[str]] = {}
         for hook in HOOKS:
             names = [claim.plugin for claim in claims if claim.hook == hook]

@@ -113,7 +113,8 @@ def refresh_codes(
     Called without grad after each optimizer step, on every process with the same generator state; it must do the same on all.
     latents [M, D] and indices [M] or [M, Q] are those of the whole step in sample order, gathered only if somebody asks;
     counts [K] int64 are its assignments over all processes and epoch_counts [K] those since the epoch's start; extras are this
-    process's, joined over micro-batches. Rows are only ever changed through `codebook.replace_`.
+    process's, joined over micro-batches. Without indices, indices and counts are None, and epoch_counts zeros. Rows are only
+    ever changed through `codebook.replace_`.
     """
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -16,9 +17,21 @@ from vqzoo.plugin import Plugin
 from vqzoo.sources import GROUP, offering
 
 
+class _Manager(pluggy.PluginManager):
+    """Look for implementations among a class's marked methods alone; a module has hundreds of other attributes."""
+
+    def parse_hookimpl_opts(self, plugin: Plugin, name: str) -> Any:
+        return super().parse_hookimpl_opts(plugin, name) if name in _marked(type(plugin)) else None
+
+
+@cache
+def _marked(kind: type) -> frozenset[str]:
+    return frozenset(name for name, member in inspect.getmembers(kind, callable) if hasattr(member, "vqzoo_impl"))
+
+
 def make_manager(plugins: Mapping[str, Plugin]) -> pluggy.PluginManager:
     """Register a run's plugins, in such an order that the recipe's first is called first."""
-    manager = pluggy.PluginManager(GROUP)
+    manager = _Manager(GROUP)
     manager.add_hookspecs(hookspecs)
     for name in reversed(list(plugins)):
         try:

@@ -8,10 +8,11 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -238,9 +239,16 @@ def _from_file(file: str) -> Source:
 
 def _installed() -> Iterator[Source]:
     """Yield every plugin, what is given by hand included."""
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
+    folders = tuple((folder, os.stat(folder).st_mtime_ns) for folder in sys.path if os.path.isdir(folder))
+    for entry in _entries(entry_points, folders):
         yield from _sources(entry)
     yield from _given
+
+
+@lru_cache(maxsize=1)
+def _entries(find: Callable, folders: tuple[tuple[str, int], ...]) -> list[EntryPoint]:
+    """Return the entry points; found once, since that reads every installed distribution, and again if one has come or gone."""
+    return sorted(find(group=GROUP), key=lambda entry: (entry.name, entry.value))
 
 
 def _excluding(source: Source) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vqzoo.testing.check import CODEBOOK, IMAGES, RUN, check, fail
+from vqzoo.testing.check import CODEBOOK, IMAGES, RUN, Skipped, check, fail
 from vqzoo.testing.passage import LATE, ask, at_end, evaluated, judge_of, not_finite, of_step, passed
 from vqzoo.testing.subject import Subject, place_of
 from vqzoo.testing.training import Training
@@ -132,7 +132,7 @@ def half_precision_changes_little(subject: Subject) -> None:
 
 
 def _losses_under(subject: Subject, kind: torch.dtype | None) -> dict[str, Tensor]:
-    """Do a training step's forward under autocast and its backward; return the losses, those of gradients included."""
+    """Return the losses of a training step's forward under autocast; its gradients must be finite, too."""
     torch.manual_seed(0)
     tokenizer, images = subject.tokenizer(), subject.images()
     judge = judge_of(tokenizer)
@@ -143,9 +143,8 @@ def _losses_under(subject: Subject, kind: torch.dtype | None) -> dict[str, Tenso
             found.append(tokenizer.discriminator_losses(images, output.reconstructions.detach(), judge, LATE))
     losses = {name: loss for part in found for name, loss in part.items()}
     sum(losses.values()).backward()
-    if kind is torch.float16:  # whose gradients a scaler would scale
-        return {name: loss.detach() for name, loss in losses.items()}
-    if bad := not_finite({name: p.grad for name, p in tokenizer.named_parameters() if p.grad is not None}):
+    bad = not_finite({name: p.grad for name, p in tokenizer.named_parameters() if p.grad is not None})
+    if bad and kind is not torch.float16:  # whose gradients a scaler would scale
         fail(f"the gradient of {', '.join(bad)} in {kind or 'float32'}")
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -153,6 +152,10 @@ def _losses_under(subject: Subject, kind: torch.dtype | None) -> dict[str, Tenso
 @check("`compile: true` does not work with the plugin: take no second gradient through encoder or decoder (create_graph=True), "
        "which torch.compile does not have.", (*CODEBOOK, *IMAGES))
 def compiled_networks_train_alike(subject: Subject) -> None:
+    import torch._dynamo  # deferred, since it is slow to load
+
+    if not torch._dynamo.is_dynamo_supported():
+        raise Skipped("this Python or machine has no torch.compile")
     results = []
     for compiled in (False, True):
         tokenizer = subject.tokenizer()

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from vqzoo.codebook import Table
-from vqzoo.ops import embedding_losses, nearest_codes, straight_through
+from vqzoo.ops import discriminator_loss, embedding_losses, nearest_codes, straight_through
 from vqzoo.plugin import Plugin, Quantized, hookimpl
 
 REFERENCE = "suite_reference"
@@ -50,7 +50,7 @@ class Reference(Plugin):
 
     @hookimpl(trylast=True)
     def discriminator_loss(self, images, reconstructions, discriminator):
-        return {REFERENCE: (1 - discriminator(images)).relu().mean() + (1 + discriminator(reconstructions)).relu().mean()}
+        return {f"{REFERENCE}_judge": discriminator_loss("hinge", discriminator(images), discriminator(reconstructions))}
 
     @hookimpl(trylast=True)
     def make_dataset(self, split):
