@@ -5,7 +5,10 @@ import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import vqzoo
+import vqzoo.ops
 from vqzoo import Codebook, Progress, Quantized, hookspecs
 from vqzoo.hookspecs import DOORS, ONCE, REQUIRED
 from vqzoo.sources import SPECS
@@ -136,6 +139,37 @@ def contract_page(before: str) -> str:
     return found
 
 
+def names_page() -> str:
+    """Return docs/names.md: what a plugin may import, with signatures and the whole docstrings."""
+    parts = [BEGIN, "# Names", "What `vqzoo` and `vqzoo.ops` export, and so what a plugin may import. All of it is part of the "
+             "[contract](contract.md)."]
+    for package in (vqzoo, vqzoo.ops):
+        parts.append(f"## {package.__name__}")
+        for name in package.__all__:
+            value = getattr(package, name)
+            if callable(value) and inspect.getdoc(value):
+                parts += [f"### {name}", f"`{name}{_signature(value)}`", inspect.getdoc(value), *_methods(value)]
+            else:
+                parts += [f"### {name}", f"`{value!r}`" if isinstance(value, str | tuple | dict) else "Marks the method that "
+                          "implements the hook of its name; `@hookimpl(wrapper=True)` one that wraps others, "
+                          "`@hookimpl(trylast=True)` one that yields to others."]
+    return "\n\n".join([*parts, END]) + "\n"
+
+
+def _signature(value: Any) -> str:
+    try:
+        return re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(inspect.signature(value))).replace("torch.Tensor", "Tensor")
+    except ValueError:
+        return "(…)"
+
+
+def _methods(value: Any) -> list[str]:
+    """Return what is said of the public methods that a class of vqzoo adds."""
+    own = vars(value).items() if inspect.isclass(value) and value in (vqzoo.Codebook, vqzoo.Plugin) else ()
+    return [f"- `{name}{_signature(member)}`: {_flat(inspect.getdoc(member))}" for name, member in own
+            if inspect.isfunction(member) and not name.startswith("_") and inspect.getdoc(member)]
+
+
 def _flat(text: str) -> str:
     return " ".join(text.split())
 
@@ -143,7 +177,8 @@ def _flat(text: str) -> str:
 def pages() -> dict[Path, str]:
     """Return what the generated pages must be, by path."""
     contract = HERE / "contract.md"
-    return {HERE / "hooks.md": hooks_page(), contract: contract_page(contract.read_text())}
+    return {HERE / "hooks.md": hooks_page(), contract: contract_page(contract.read_text()),
+            HERE / "names.md": names_page()}
 
 
 if __name__ == "__main__":

@@ -118,7 +118,35 @@ class NoMetric(Plugin):
         return torch.nn.Linear(2, 2)
 
 
-DOORS = {"stripes": Stripes, "paths": Paths, "edges": Edges, "decibels": Decibels, "nometric": NoMetric}
+class Gathering(Metric):
+    def __init__(self):
+        super().__init__()
+        self.add_state("errors", [], "cat")
+
+    def update(self, reconstructions, images):
+        self.errors.append((reconstructions - images).flatten(2).mean(2))
+
+    def compute(self):
+        return torch.cat(list(self.errors)).mean()
+
+
+class Lists(Plugin):
+    """Lists: a metric that keeps what it has seen."""
+
+    @hookimpl
+    def make_metric(self):
+        return Gathering()
+
+
+class Doorless(Plugin):
+    """Doorless: offers no door, and must not be made to find that out."""
+
+    def __init__(self, config):
+        raise AssertionError("made")
+
+
+DOORS = {"stripes": Stripes, "paths": Paths, "edges": Edges, "decibels": Decibels, "nometric": NoMetric, "lists": Lists,
+         "doorless": Doorless}
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +199,7 @@ def test_paths_are_read_as_files_of_a_folder_are(small_photos):
     ({"args": {"count": -1}}, "data.args.count: -1 is negative"),
     ({"args": {"count": 0}}, "data.name: the train images of 'stripes' are none"),
     ({"name": "edges"}, "data.args: the plugin 'edges' does not offer make_dataset; it offers make_metric"),
+    ({"name": "doorless"}, "the plugin 'doorless' does not offer make_dataset; it offers nothing"),
     ({"name": "strypes"}, "did you mean 'stripes'"),
     ({"name": "photos", "args": {"count": 3}}, "data.args: photos takes none"),
 ])
@@ -275,3 +304,27 @@ def test_a_door_is_not_routed(tmp_path, small_photos, override, told):
     path.write_text(RECIPE.replace("ROOT", str(small_photos)))
     done = call("check", path, override)
     assert done.code == 2 and told in done.err
+
+
+def test_a_metric_of_lists_is_missing_where_a_process_has_no_images_since_torchmetrics_cannot_gather_them():
+    evaluator, _, _, result, _ = measured("lists", "decibels")
+    assert "lists" in result.metrics and not result.missing
+    nothing = evaluator.pictures([], [])
+    assert "a process without images" in nothing.missing["lists"] and list(nothing.missing) == ["lists"]
+
+
+@pytest.mark.parametrize("role", ["training", "held-out"])
+def test_images_that_differ_between_processes_are_refused_before_they_would_wait_for_each_other(
+    role, tmp_path, small_photos, monkeypatch
+):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("ROOT", str(small_photos)))
+    calls = []
+
+    def gather(names):
+        calls.append(names)
+        return [*names, "{'images': 3}"] if len(calls) == ("training", "held-out").index(role) + 1 else names
+
+    monkeypatch.setattr("vqzoo.trainer.gather_names", gather)
+    with pytest.raises(UserError, match=f"the {role} images are not the same on every process: .*'images': 3"):
+        Trainer(load_recipe(str(path)), tmp_path / "run")

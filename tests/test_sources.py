@@ -23,6 +23,9 @@ STRANGERS = {
     "misspells": "class P(Plugin):\n    @hookimpl\n    def quantise(self, latents):\n        return None\n",
     "mistakes": "class P(Plugin):\n    @hookimpl\n    def quantize(self, latent):\n        return None\n",
     "defaults": "class P(Plugin):\n    @hookimpl\n    def quantize(self, latents, grid=None):\n        return None\n",
+    "bare": "class P(Plugin):\n    class Config:\n        size: int = 3\n",
+    "selfless": "class P(Plugin):\n    @hookimpl\n    def quantize(latents, codebook):\n        return None\n",
+    "unclosed": "class P(Plugin:\n",
     "forgets": "class P(Plugin):\n    def quantize(self, latents):\n        return None\n",
     "returns": "class P(Plugin):\n    @hookimpl(wrapper=True)\n    def quantize(self, latents):\n        return None\n",
     "newer": "class P(Plugin):\n    contract = '1.9'\n",
@@ -38,7 +41,10 @@ REASONS = {
     "lacks": ["needs the module 'a_module_that_nobody_has', which is not installed", "extra"],
     "misspells": ["it implements 'quantise', and there is no such hook; did you mean 'quantize'?"],
     "mistakes": ["its quantize asks for 'latent'", "did you mean 'latents'?", "codebook"],
-    "defaults": ["'grid' of its quantize has a default", "never fills"],
+    "defaults": ["'grid' of its quantize has a default", "take it away"],
+    "bare": ["its Config is no dataclass", "@dataclass"],
+    "selfless": ["its quantize is a method, whose first argument is self"],
+    "unclosed": ["cannot be imported", "strangers_unclosed.py:4: "],
     "forgets": ["its method quantize has a hook's name; mark it with @hookimpl"],
     "returns": ["marked as a wrapper and does not yield"],
     "newer": [f"needs version 1.9 of the contract with plugins, and this vqzoo has {CONTRACT}; upgrade vqzoo"],
@@ -201,7 +207,7 @@ def test_a_file_hides_no_module_and_is_gone_after_the_command(tmp_path):
     ("my-vq.py", MINE, ["must be one of a Python module", "my-vq.py"]),
     ("my_vq.txt", MINE, ["my_vq.txt"]),
     ("two.py", MINE + MINE.replace("class Mine", "class Other"), ["must define one subclass of vqzoo.Plugin, and has 2"]),
-    ("broken.py", "import (", ["plugin 'broken'", "broken.py", "SyntaxError"]),
+    ("broken.py", "import (", ["plugin 'broken'", "broken.py:1: "]),
     ("vq.py", MINE, ["plugins.vq", "several have this name", "vq.py"]),
 ])
 def test_a_file_that_will_not_do_is_told(recipe, tmp_path, name, text, fragments):
@@ -332,3 +338,77 @@ def test_a_codebook_that_leads_nowhere_is_named(method, answer, told, small_phot
     with also(classes={"narrow": Narrow}):
         done = call("check", path)
     assert done.code == 1 and "hook make_codebook, served by narrow" in done.err and re.search(told, done.err), done.err
+
+
+class Marking(Plugin):
+    """Marking: gives anyone's codebook a buffer."""
+
+    @hookimpl(wrapper=True)
+    def make_codebook(self):
+        codebook = yield
+        codebook.register_buffer("marks", torch.arange(codebook.size))
+        return codebook
+
+
+def test_a_wrapper_gives_anyones_codebook_a_buffer_which_is_exported(small_photos, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("ROOT", str(small_photos)).replace("nsvq: {}", "marking: {}").partition("stages:")[0])
+    with also(classes={"marking": Marking}):
+        tokenizer = Tokenizer.from_recipe(load_recipe(str(path)))
+        tokenizer.wire({}, {})
+        tokenizer.codebook.marks += 7
+        tokenizer.save_pretrained(tmp_path / "kept")
+        assert torch.equal(Tokenizer.from_pretrained(tmp_path / "kept").codebook.marks, torch.arange(16) + 7)
+
+
+NEEDY = """
+from dataclasses import dataclass
+
+from vqzoo import Plugin, hookimpl
+
+
+class Needy(Plugin):
+    @dataclass
+    class Config:
+        root: str
+
+    @hookimpl
+    def report(self):
+        return {}
+"""
+
+
+def test_a_field_without_a_default_is_asked_for_and_may_be_set(recipe, mine, tmp_path):
+    path = tmp_path / "needy.py"
+    path.write_text(NEEDY)
+    given = ("--plugin-file", mine, "--plugin-file", path)
+    assert "config: root='???'" in succeed("plugins", *given)
+    done = call("check", recipe, "plugins.needy={}", *given)
+    assert done.code == 2 and "plugins.needy.root" in done.err
+    succeed("check", recipe, "plugins.needy.root=here", *given)
+
+
+def test_a_file_that_cannot_be_given_leaves_none_behind(mine, tmp_path):
+    with pytest.raises(UserError, match="nowhere"), also(files=[str(mine), str(tmp_path / "nowhere.py")]):
+        pass
+    assert "my_vq" not in available()
+
+
+def test_a_file_is_loaded_as_it_stands_whatever_bytecode_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "quick.py"
+    for value in (1, 2):  # of one length, within one second
+        path.write_text(f"from vqzoo import Plugin\n\n\nclass Quick(Plugin):\n    value = {value}\n")
+        with also(files=[str(path)]):
+            assert find("quick").load().value == value
+
+
+@pytest.mark.parametrize("metadata", [None, "Metadata-Version: 2.1\n"])
+def test_a_distribution_whose_metadata_are_damaged_leaves_the_others_alone(metadata, tmp_path, monkeypatch):
+    info = tmp_path / "site" / "damaged-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "entry_points.txt").write_text("[vqzoo]\nfoo = json\n")
+    if metadata:
+        (info / "METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert "vq" in available() and available()["foo"].place == "unknown"

@@ -280,7 +280,8 @@ def _outcome(cell: Cell) -> Iterator[None]:
     except Enough:
         return
     except Interrupted as error:
-        raise Interrupted("a signal; of a bench that does not end nothing is kept", error.status - 128) from error
+        raise Interrupted("a signal; the matrix is shown when all pairs have been tried, and nothing of it is kept before",
+                          error.status - 128) from error
     except UserError as error:
         _note(cell, REFUSED if cell.when != "training" else SURPRISE, error)
     except Hang:

@@ -5,7 +5,6 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from vqzoo.sources import Source, also, available, offered_hooks, refused
 
 NEXT = """next:
   tensorboard --logdir {out}/tensorboard
-  vqzoo encode {out} PHOTO.jpg --out tokens.safetensors
-  vqzoo decode {out} tokens.safetensors --out decoded
-  vqzoo eval {out} --data FOLDER_OF_PHOTOS"""
+  vqzoo encode {out} PHOTO.jpg --out tokens.safetensors{more}
+  vqzoo decode {out} tokens.safetensors --out decoded{more}
+  vqzoo eval {out} --data FOLDER_OF_PHOTOS{more}"""
 
 EVAL_HELP = """metrics     psnr ssim ms_ssim lpips_alex lpips_squeeze lpips_vgg
             usage perplexity entropy bits_per_token
@@ -197,7 +196,7 @@ def _run(options: argparse.Namespace) -> None:
         value = f"{best['metric']} {written(best['metric'], best['value'])}"
         print(f"  the best         {out / 'best'}: {value} on {best['images']} images at step {best['step']}")
     print()
-    print(NEXT.format(out=out))
+    print(NEXT.format(out=out, more="".join(f" --plugin-file {file}" for file in options.plugin_file)))
 
 
 def _default_folder(name: str, resume: bool) -> Path:
@@ -360,13 +359,15 @@ def _plugins(options: argparse.Namespace) -> None:
 
 
 def _describe(source: Source) -> dict[str, Any]:
-    """Say what a plugin is and offers, or why it cannot be used."""
+    """Say what a plugin is and offers, or why it cannot be used; '???' is a field that a recipe must set."""
+    from omegaconf import OmegaConf
+
     row = {"name": source.name, "distribution": source.distribution, "version": source.version, "problem": None}
     try:
         kind = source.load()
-        config = kind.Config()
+        config = OmegaConf.to_container(OmegaConf.structured(kind.Config), enum_to_str=True)
         return {**row, "summary": (kind.__doc__ or "").strip().split("\n")[0], "hooks": offered_hooks(kind),
-                "config": asdict(config) if is_dataclass(config) else {}, "contract": kind.contract}
+                "config": config, "contract": kind.contract}
     except UserError as error:
         return {**row, "problem": str(error)}
     except Exception as error:  # of a class that cannot even be described

@@ -44,8 +44,8 @@ def make_codebook(size: int, width: int) -> Any:
     """Return a `vqzoo.Codebook` of K = size codes; width is what the recipe says of it, D unless the method has its own.
 
     Called once, before the networks exist: `encoder_width` and `decoder_width` of the codebook decide how wide they are on its
-    sides. A method of its own D leads from width to D in `from_encoder` and back in `to_decoder`. A ValueError says that there
-    can be no such codebook.
+    sides. A method of its own D leads from width to D in `from_encoder` and back in `to_decoder`. A wrapper may give anyone's
+    codebook a buffer. A ValueError says that there can be no such codebook.
     """
 
 
@@ -114,7 +114,9 @@ def refresh_codes(
     latents [M, D] and indices [M] or [M, Q] are those of the whole step in sample order, gathered only if somebody asks;
     counts [K] int64 are its assignments over all processes and epoch_counts [K] those since the epoch's start; extras are this
     process's, joined over micro-batches. Without indices, indices and counts are None, and epoch_counts zeros. Rows are only
-    ever changed through `codebook.replace_`.
+    ever changed through `codebook.replace_`, which also clears what the optimizer knows of them; with smooth=True, for a small
+    step from what was there, it does not. The number is shown as codes/replaced. The latents are from before the optimizer's
+    step, the codes from after it.
     """
 
 

@@ -44,8 +44,7 @@ def blame_field(plugin: str, names: Iterable[str], error: Exception, key: str = 
 
 def through_door(door: str, name: str, config: Any, key: str) -> Hooks:
     """Return the hooks that reach one plugin through one of DOORS; `key` says where its fields stand."""
-    plugin = make_plugin(name, config, key)
-    if door not in DOORS or door not in offered_hooks(type(plugin)):
-        raise UserError(f"{key}: the plugin {name!r} does not offer {door}; it offers "
-                        f"{', '.join(offered_hooks(type(plugin))) or 'nothing'}")
-    return Hooks(make_manager({name: plugin}), {}, serve=[door], required=[door])
+    offers = offered_hooks(find(name).load())
+    if door not in DOORS or door not in offers:
+        raise UserError(f"{key}: the plugin {name!r} does not offer {door}; it offers {', '.join(offers) or 'nothing'}")
+    return Hooks(make_manager({name: make_plugin(name, config, key)}), {}, serve=[door], required=[door])

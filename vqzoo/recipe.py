@@ -379,8 +379,8 @@ def _check_keys(raw: Any, schema: Any, where: str = "") -> None:
         return
     for key in raw:
         full = f"{where}.{key}" if where else str(key)
-        if key in schema:
-            if not OmegaConf.is_missing(raw, key) and not OmegaConf.is_interpolation(raw, key):
+        if key in schema.keys():  # noqa: SIM118 - `in schema` does not know a field without a default
+            if not any(OmegaConf.is_missing(one, key) for one in (raw, schema)) and not OmegaConf.is_interpolation(raw, key):
                 _check_keys(raw[key], schema[key], full)
         elif is_dataclass(OmegaConf.get_type(schema)):
             choices = [*map(str, schema), *(["extends"] if "stages" in schema else [])]

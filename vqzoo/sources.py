@@ -9,11 +9,11 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, is_dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -72,6 +72,8 @@ class Source:
                 raise UserError(f"{self._said()} cannot be imported: {error}") from error
             raise UserError(f"{self._said()} needs the module {error.name!r}, which is not installed; install what has it, "
                             "perhaps as an extra of that distribution") from error
+        except SyntaxError as error:
+            raise UserError(f"{self._said()} cannot be imported: {error.filename}:{error.lineno}: {error.msg}") from error
         except (Exception, SystemExit) as error:
             raise UserError(f"{self._said()} cannot be imported: {error!r}") from error
 
@@ -93,7 +95,7 @@ class Source:
 def _import_file(module: str, path: Path) -> ModuleType:
     """Import a file under a module's name that no other has, so that it hides nothing."""
     if module not in sys.modules:
-        spec = spec_from_file_location(module, path)
+        spec = spec_from_file_location(module, path, loader=_AsWritten(module, str(path)))
         sys.modules[module] = made = module_from_spec(spec)
         try:
             spec.loader.exec_module(made)
@@ -101,6 +103,13 @@ def _import_file(module: str, path: Path) -> ModuleType:
             del sys.modules[module]
             raise
     return sys.modules[module]
+
+
+class _AsWritten(SourceFileLoader):
+    """Load a file as it stands, never the bytecode beside it, which may be of what it was within the same second before."""
+
+    def path_stats(self, path: str) -> dict[str, Any]:
+        raise OSError("no bytecode is asked for")
 
 
 # What fits
@@ -116,6 +125,8 @@ def misfit(kind: type[Plugin]) -> str | None:
         return f"needs version {needed} of the contract with plugins, and this vqzoo has {CONTRACT}; upgrade vqzoo"
     if major < own_major:
         return f"is made for version {needed} of the contract with plugins, and this vqzoo has {CONTRACT}; upgrade the plugin"
+    if not is_dataclass(kind.Config):
+        return "its Config is no dataclass; decorate it with @dataclass"
     problems = (_method_misfit(name, method) for name, method in inspect.getmembers(kind, inspect.isfunction))
     return next(filter(None, problems), None)
 
@@ -129,14 +140,16 @@ def _method_misfit(name: str, method: Any) -> str | None:
     hook = options["specname"] or name
     if hook not in SPECS:
         return f"it implements {hook!r}, and there is no such hook; {suggestion(hook, SPECS)}"
-    parameters = list(inspect.signature(method).parameters.values())[1:]
+    first, *parameters = [*inspect.signature(method).parameters.values()] or [None]
+    if first is None or first.name in SPECS[hook]:
+        return f"its {hook} is a method, whose first argument is self"
     for parameter in parameters:
         if parameter.name not in SPECS[hook]:
             near = difflib.get_close_matches(parameter.name, SPECS[hook], n=1)
             return (f"its {hook} asks for {parameter.name!r}, which that hook does not give; "
                     f"{f'did you mean {near[0]!r}? ' if near else ''}arguments: {', '.join(SPECS[hook]) or 'none'}")
         if parameter.default is not parameter.empty:
-            return f"the argument {parameter.name!r} of its {hook} has a default, so that pluggy never fills it; take that away"
+            return f"the argument {parameter.name!r} of its {hook} has a default, and would always have that; take it away"
     if options["wrapper"] and not inspect.isgeneratorfunction(method):
         return f"its {hook} is marked as a wrapper and does not yield; write `result = yield`, or drop wrapper=True"
     return None
@@ -194,8 +207,8 @@ def find(name: str) -> Source:
         return sources[name]
     if name in reasons:
         raise UserError(f"plugins.{name}: {name!r} is installed, but {reasons[name]}")
-    raise UserError(f"plugins.{name}: no installed plugin is called {name!r}; {suggestion(name, sources)}; a third party's is "
-                    f"installed with pip (often as vqzoo-{name}), one in a file of yours is given by --plugin-file")
+    raise UserError(f"plugins.{name}: no installed plugin is called {name!r}; one in a file of yours is given by --plugin-file "
+                    f"{name}.py, a third party's is installed with pip (often as vqzoo-{name}); {suggestion(name, sources)}")
 
 
 def offering(hook: str) -> list[str]:
@@ -216,10 +229,10 @@ def also(files: Iterable[str] = (), classes: Mapping[str, type[Plugin]] | None =
     Only who runs a program says so; a recipe never does.
     """
     before = len(_given)
-    _given.extend(_from_file(file) for file in files)
-    _given.extend(Source(name, kind.__module__, kind.__qualname__, "a class given by hand", "", kind)
-                  for name, kind in (classes or {}).items())
     try:
+        _given.extend(_from_file(file) for file in files)
+        _given.extend(Source(name, kind.__module__, kind.__qualname__, "a class given by hand", "", kind)
+                      for name, kind in (classes or {}).items())
         yield
     finally:
         del _given[before:]
@@ -268,7 +281,9 @@ def _canonical(name: str) -> str:
 
 
 def _sources(entry: EntryPoint) -> list[Source]:
-    where = (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "")
+    where = ("unknown", "")
+    with suppress(Exception):  # metadata that are gone or damaged name nobody
+        where = (entry.dist.name or "unknown", entry.dist.version or "")
     try:
         if entry.attr:
             return [Source(entry.name, entry.module, entry.attr, *where)]

@@ -417,6 +417,8 @@ class Tokenizer(nn.Module):
             raise UserError(f"{folder}: neither an exported tokenizer (config.json and model.safetensors) nor a finished run")
         try:
             tokenizer = cls(_read_config(config_file))
+        except UserError as error:
+            raise UserError(f"{config_file}: {str(error).removeprefix(f'{config_file}: ')}") from error
         except (MemoryError, RuntimeError) as error:  # of sizes that this machine has no memory for
             text = (str(error) or repr(error)).partition("\n")[0]
             raise UserError(f"{config_file}: no tokenizer can be made of it: {text}") from error

@@ -85,7 +85,7 @@ class Trainer:
         self.train_data, self.val_data = ready.train_data, ready.val_data
         self.steps_per_epoch = ready.steps_per_epoch
         self.steps = self.steps_per_epoch * recipe.epochs
-        self.content = content(self.train_data)
+        self.content = self._agreed_content()
         self.folder.check_images(self.start, self.content)
         self.counters = Counters()
         self.last_of_all: Result | None = None
@@ -116,6 +116,14 @@ class Trainer:
             state.restore(self, self.start.path)
         self.train_batches = self._training_stream()
         self.folder.claim(recipe, self.start)
+
+    def _agreed_content(self) -> dict[str, Any]:
+        """Return what identifies the training images; a UserError if some process has others, as they would not keep pace."""
+        found = [content(data) for data in (self.train_data, self.val_data)]
+        for role, mine in zip(("training", "held-out"), found, strict=True):
+            if len(all_of := set(gather_names([str(mine)]))) > 1:
+                raise UserError(f"data: the {role} images are not the same on every process: {' and '.join(sorted(all_of))}")
+        return found[0]
 
     def _compile(self) -> None:
         """Have the networks compiled when they first train, if the recipe wants it; hooks and averages stay as they are."""

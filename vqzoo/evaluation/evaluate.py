@@ -27,6 +27,7 @@ KINDS = ("frechet", "kernel", "precision", "recall")
 
 NO_PICTURES = "a folder of pictures has no tokens"
 UNPAIRED_ONLY = "samples have no images of which they are reconstructions"
+IDLE = "it gathers lists, and there is a process without images to measure; take more images, or smaller batches"
 
 Keep = Callable[[Pair, Tensor], None]
 
@@ -237,8 +238,12 @@ class _Session:
             self.facts["codebook_size"] = self.codes.codebook.size
         else:
             missing |= dict.fromkeys(wanted, no_codes)
+        idle = "idle" in gather_names([] if self.positions else ["idle"])
         for one in self.offered:
-            metrics |= one.results()
+            if idle and one.keeps_lists:
+                missing[one.name] = IDLE
+            else:
+                metrics |= one.results()
         for meter, place in self.features:
             metrics |= meter.results()
             if place and meter.known is None:

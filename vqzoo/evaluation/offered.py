@@ -26,6 +26,12 @@ class OfferedMetric:
     def higher_is_better(self) -> bool | None:
         return getattr(self.metric, "higher_is_better", None)
 
+    @property
+    def keeps_lists(self) -> bool:
+        """Whether torchmetrics gathers lists, of which a process without images has none and knows neither shape nor type."""
+        states = (getattr(part, "metric_state", {}) for part in self.metric.modules())
+        return any(isinstance(value, list) for state in states for value in state.values())
+
     def add(self, images: Tensor, reconstructions: Tensor) -> None:
         """Add pairs [B, 3, H, W] as levels 0 to 255."""
         try:
