@@ -18,6 +18,9 @@ from vqzoo.testing.check import CODEBOOK, IMAGES, RUN
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- begin: written by docs/generate.py -->", "<!-- end -->"
 
+HOOKIMPL = ("Marks the method that implements the hook of its name; `@hookimpl(wrapper=True)` one that wraps others, "
+            "`@hookimpl(trylast=True)` one that yields to others.")
+
 ARGUMENTS = {
     "batches": "an endless iterator over this process's training images, [B, 3, H, W] each",
     "codebook": "the `vqzoo.Codebook`, whoever made it; see below",
@@ -150,10 +153,12 @@ def names_page() -> str:
             if callable(value) and inspect.getdoc(value):
                 parts += [f"### {name}", f"`{name}{_signature(value)}`", inspect.getdoc(value), *_methods(value)]
             else:
-                parts += [f"### {name}", f"`{value!r}`" if isinstance(value, str | tuple | dict) else "Marks the method that "
-                          "implements the hook of its name; `@hookimpl(wrapper=True)` one that wraps others, "
-                          "`@hookimpl(trylast=True)` one that yields to others."]
+                parts += [f"### {name}", HOOKIMPL if name == "hookimpl" else f"`{_constant(value)!r}`"]
     return "\n\n".join([*parts, END]) + "\n"
+
+
+def _constant(value: Any) -> Any:
+    return tuple(value) if isinstance(value, dict) else value
 
 
 def _signature(value: Any) -> str:

@@ -15,7 +15,9 @@ from vqzoo import Plugin, PluginError, UserError, hookimpl
 from vqzoo.data import DataConfig, crop_val, eval_batches, from_image, make_dataset, train_batches
 from vqzoo.evaluation import EvaluateConfig
 from vqzoo.evaluation.evaluate import Evaluator
+from vqzoo.recipe import load_recipe
 from vqzoo.sources import also
+from vqzoo.trainer import Trainer
 
 
 class Stripes(Plugin):

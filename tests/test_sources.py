@@ -382,7 +382,7 @@ def test_a_field_without_a_default_is_asked_for_and_may_be_set(recipe, mine, tmp
     path = tmp_path / "needy.py"
     path.write_text(NEEDY)
     given = ("--plugin-file", mine, "--plugin-file", path)
-    assert "config: root='???'" in succeed("plugins", *given)
+    assert "config: root='???'" in succeed("plugins", *given).out
     done = call("check", recipe, "plugins.needy={}", *given)
     assert done.code == 2 and "plugins.needy.root" in done.err
     succeed("check", recipe, "plugins.needy.root=here", *given)
@@ -407,7 +407,7 @@ def test_a_file_is_loaded_as_it_stands_whatever_bytecode_lies_beside_it(tmp_path
 def test_a_distribution_whose_metadata_are_damaged_leaves_the_others_alone(metadata, tmp_path, monkeypatch):
     info = tmp_path / "site" / "damaged-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "entry_points.txt").write_text("[vqzoo]\nfoo = json\n")
+    (info / "entry_points.txt").write_text("[vqzoo]\nfoo = textwrap\n")
     if metadata:
         (info / "METADATA").write_text(metadata)
     monkeypatch.syspath_prepend(tmp_path / "site")

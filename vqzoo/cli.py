@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -358,14 +359,18 @@ def _plugins(options: argparse.Namespace) -> None:
         print(f"  config: {', '.join(f'{key}={value!r}' for key, value in plugin['config'].items()) or '–'}\n")
 
 
+def _default(field: Field) -> Any:
+    """Return what a field is if a recipe does not set it."""
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    return "???" if value is MISSING else asdict(value) if is_dataclass(value) else value
+
+
 def _describe(source: Source) -> dict[str, Any]:
     """Say what a plugin is and offers, or why it cannot be used; '???' is a field that a recipe must set."""
-    from omegaconf import OmegaConf
-
     row = {"name": source.name, "distribution": source.distribution, "version": source.version, "problem": None}
     try:
         kind = source.load()
-        config = OmegaConf.to_container(OmegaConf.structured(kind.Config), enum_to_str=True)
+        config = {field.name: _default(field) for field in fields(kind.Config)}
         return {**row, "summary": (kind.__doc__ or "").strip().split("\n")[0], "hooks": offered_hooks(kind),
                 "config": config, "contract": kind.contract}
     except UserError as error:
