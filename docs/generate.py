@@ -150,10 +150,12 @@ def names_page() -> str:
         parts.append(f"## {package.__name__}")
         for name in package.__all__:
             value = getattr(package, name)
-            if callable(value) and inspect.getdoc(value):
+            if name == "hookimpl":
+                parts += [f"### {name}", HOOKIMPL]
+            elif callable(value):
                 parts += [f"### {name}", f"`{name}{_signature(value)}`", inspect.getdoc(value), *_methods(value)]
             else:
-                parts += [f"### {name}", HOOKIMPL if name == "hookimpl" else f"`{_constant(value)!r}`"]
+                parts += [f"### {name}", f"`{_constant(value)!r}`"]
     return "\n\n".join([*parts, END]) + "\n"
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vqzoo import cli, hookspecs, sources
 from vqzoo.recipe import load_recipe
-from vqzoo.testing import CHECKS, Subject
+from vqzoo.testing import Subject
 from vqzoo.testing.suite import concerned, run_checks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,11 +88,6 @@ def test_the_generated_pages_are_up_to_date():
 
 def test_make_docs_is_what_writes_them():
     assert re.search(r"^docs: .*\n\t\.venv/bin/python docs/generate.py$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-
-
-def test_every_check_is_listed():
-    page = (DOCS / "contract.md").read_text()
-    assert all(f"- `{one.name}` (" in page and one.sentence in page for one in CHECKS)
 
 
 @pytest.mark.parametrize("hook", sources.SPECS)
@@ -173,7 +168,7 @@ class Reader:
         self.compare(output or "", came.getvalue())
 
     def do_vqzoo(self, words):
-        added = list(SMALL.get(" ".join(words[:2]), ()))
+        added = [] if {"--only", "--list"} & set(words) else list(SMALL.get(" ".join(words[:2]), ()))
         recipe = Path(words[2]) if words[1] == "run" else None
         if recipe and (str(recipe) == "quickstart" or "extends: quickstart" in recipe.read_text()):
             added += SMALL["vqzoo run quickstart"]
