@@ -344,7 +344,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _plugins(options: argparse.Namespace) -> None:
     found = [_describe(source) for source in available().values()]
-    found += [{"name": name, "problem": reason} for name, reason in refused().items()]
+    found += [{"name": name, "distribution": None, "version": None, "problem": reason} for name, reason in refused().items()]
     if options.json:
         from vqzoo.evaluation.report import to_json
 
