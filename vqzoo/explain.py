@@ -3,6 +3,7 @@
 import torch
 
 from vqzoo.codebook import Codebook
+from vqzoo.hookspecs import DOORS
 from vqzoo.manager import all_hooks, make_manager
 from vqzoo.memory import gib, predict_memory
 from vqzoo.ops import plan, use
@@ -73,7 +74,7 @@ def _stage(tokenizer: Tokenizer, recipe: Recipe, number: int) -> list[str]:
     enter(tokenizer, recipe, number)
     length = "the rest" if stage.epochs is None else f"at most {stage.epochs} epochs"
     lines = ["", f"stage {stage.name}: {length}; frozen: {', '.join(stage.freeze) or 'nothing'}"]
-    for hook in all_hooks(make_manager(tokenizer.plugins)):
+    for hook in (one for one in all_hooks(make_manager(tokenizer.plugins)) if one.name not in DOORS):
         lines.append(f"  {hook.name:<20} {', '.join(tokenizer.hooks.providers(hook.name)) or '–'}")
     return lines
 

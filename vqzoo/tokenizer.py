@@ -46,6 +46,7 @@ from vqzoo.recipe import (
     refuse_resolvers,
     versions,
 )
+from vqzoo.sources import offered_hooks
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -380,7 +381,9 @@ class Tokenizer(nn.Module):
         folder = Path(folder).resolve()
         _check_target(folder)
         hooks = {name: self.hooks.providers(name) for name in INFERENCE}
-        kept = [name for name in self.plugins if any(name in names for names in hooks.values())]
+        # a plugin without hooks is there for what its module registers, an encoder of timm's for example
+        kept = [name for name, plugin in self.plugins.items()
+                if any(name in names for names in hooks.values()) or not offered_hooks(type(plugin))]
         config = plain(self.config)
         config["encoder"] |= {"pretrained": False, **plain(self.encoder.portable())}
         config["plugins"] = {name: config["plugins"][name] for name in kept}
