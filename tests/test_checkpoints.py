@@ -82,7 +82,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
 
 def test_a_run_keeps_the_checkpoint_of_its_best_evaluation(recipe, tmp_path, monkeypatch):
     better = iter([True, False, False, False])
-    monkeypatch.setattr("vqzoo.trainer.better", lambda *_: next(better))
+    monkeypatch.setattr("vqzoo.evaluation.evaluate.Evaluator.better", lambda *_: next(better))
     run(recipe(VQ, "epochs=4", "evaluate.epochs=1", "checkpoint.keep=1"), tmp_path / "run")
     assert steps(tmp_path / "run") == [8, 2]
 
@@ -310,7 +310,7 @@ def test_a_best_that_cannot_be_written_is_none(recipe, tmp_path, monkeypatch, ca
         export(tokenizer, folder, main)
 
     monkeypatch.setattr(sharding, "export", fail)
-    monkeypatch.setattr("vqzoo.trainer.better", lambda name, value, before: before is None)
+    monkeypatch.setattr("vqzoo.evaluation.evaluate.Evaluator.better", lambda self, name, value, before: before is None)
     result = run(recipe(VQ, "evaluate.epochs=1"), tmp_path / "run")
     assert "best cannot be written: [Errno 28]" in capsys.readouterr().err
     assert result["run"]["best"]["step"] == 4 and (tmp_path / "run" / "best" / "config.json").exists()
@@ -518,7 +518,8 @@ def test_what_is_measured_may_change_between_two_runs(recipe, stopped, capsys):
 
 def test_the_best_of_another_measure_is_no_rival(recipe, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("vqzoo.trainer.better", lambda name, value, before: (seen.append((name, before)), True)[1])
+    monkeypatch.setattr("vqzoo.evaluation.evaluate.Evaluator.better",
+                        lambda self, name, value, before: (seen.append((name, before)), True)[1])
     run(recipe(VQ, "evaluate.epochs=1"), tmp_path / "run")
     run(recipe(VQ, "evaluate.epochs=1", "epochs=4", "evaluate.best=ssim"), tmp_path / "run", resume="auto")
     names = [name for name, _ in seen]
@@ -528,7 +529,7 @@ def test_the_best_of_another_measure_is_no_rival(recipe, tmp_path, monkeypatch):
 
 def test_the_best_evaluation_has_a_checkpoint_even_where_none_is_due(recipe, tmp_path, monkeypatch):
     better = iter([True, False, False, False])
-    monkeypatch.setattr("vqzoo.trainer.better", lambda *_: next(better))
+    monkeypatch.setattr("vqzoo.evaluation.evaluate.Evaluator.better", lambda *_: next(better))
     run(recipe(VQ, "epochs=4", "evaluate.epochs=1", "checkpoint.epochs=4", "checkpoint.keep=1"), tmp_path / "run")
     assert steps(tmp_path / "run") == [8, 2]
 

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -20,18 +19,21 @@ from vqzoo.sources import GROUP, offering
 class _Manager(pluggy.PluginManager):
     """Look for implementations among a class's marked methods alone; a module has hundreds of other attributes."""
 
+    def __init__(self):
+        super().__init__(GROUP)
+        self._marked: dict[type, set[str]] = {}
+
     def parse_hookimpl_opts(self, plugin: Plugin, name: str) -> Any:
-        return super().parse_hookimpl_opts(plugin, name) if name in _marked(type(plugin)) else None
-
-
-@cache
-def _marked(kind: type) -> frozenset[str]:
-    return frozenset(name for name, member in inspect.getmembers(kind, callable) if hasattr(member, "vqzoo_impl"))
+        kind = type(plugin)
+        if kind not in self._marked:
+            members = inspect.getmembers(kind, callable)
+            self._marked[kind] = {name for name, member in members if hasattr(member, "vqzoo_impl")}
+        return super().parse_hookimpl_opts(plugin, name) if name in self._marked[kind] else None
 
 
 def make_manager(plugins: Mapping[str, Plugin]) -> pluggy.PluginManager:
     """Register a run's plugins, in such an order that the recipe's first is called first."""
-    manager = _Manager(GROUP)
+    manager = _Manager()
     manager.add_hookspecs(hookspecs)
     for name in reversed(list(plugins)):
         try:

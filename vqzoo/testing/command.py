@@ -41,7 +41,8 @@ def check_plugins(options: argparse.Namespace) -> int:
         print(_line(result, result.seen in known), flush=True)
     counts = {outcome: sum(result.outcome == outcome for result in results) for outcome in (FAILED, OK)}
     others = len(results) - sum(counts.values())
-    print(f"\n{len(results)} check{'s' * (len(results) != 1)} in {time.monotonic() - began:.0f} s: {counts[OK]} passed, {counts[FAILED]} failed"
+    made = f"{len(results)} check{'s' * (len(results) != 1)} in {time.monotonic() - began:.0f} s"
+    print(f"\n{made}: {counts[OK]} passed, {counts[FAILED]} failed"
           f"{f', {others} skipped' if others else ''}")
     if options.json:
         _write(options.json, subject, results)
