@@ -207,6 +207,7 @@ class Reader:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_runs_from_top_to_bottom(page, tiny_runs, tmp_path, monkeypatch):
     reader, found = Reader(tmp_path, monkeypatch), blocks(page)
+    assert found or page.stem in ("README", "names")
     for number, (language, content, line) in enumerate(found):
         following = found[number + 1][:2] if number + 1 < len(found) else ("", "")
         try:

@@ -27,7 +27,7 @@ class _Manager(pluggy.PluginManager):
         kind = type(plugin)
         if kind not in self._marked:
             members = inspect.getmembers(kind, callable)
-            self._marked[kind] = {name for name, member in members if hasattr(member, "vqzoo_impl")}
+            self._marked[kind] = {found for found, member in members if hasattr(member, "vqzoo_impl")}
         return super().parse_hookimpl_opts(plugin, name) if name in self._marked[kind] else None
 
 

@@ -1,6 +1,5 @@
 """What is around a check while it runs."""
 
-import functools
 import gc
 import os
 import random
@@ -11,19 +10,16 @@ from unittest import mock
 import numpy as np
 import torch
 
-from vqzoo import sources
-
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Give back what draws at random, and threads, as they were; download nothing, and look once for what is installed."""
+    """Give back what draws at random, and threads, as they were; download nothing."""
     state, threads = (torch.get_rng_state(), np.random.get_state(), random.getstate()), torch.get_num_threads()
-    installed, frozen = functools.cache(sources.entry_points), gc.get_freeze_count()
+    frozen = gc.get_freeze_count()
     torch.set_num_threads(1)  # for tensors as small as these, more are slower
     gc.freeze()  # or else whole libraries are searched for garbage, again and again
     try:
-        with (mock.patch.dict(os.environ, {"VQZOO_OFFLINE": "1"}), mock.patch.object(sources, "entry_points", installed),
-              torch.enable_grad()):
+        with mock.patch.dict(os.environ, {"VQZOO_OFFLINE": "1"}), torch.enable_grad():
             yield
     finally:
         if not frozen:
