@@ -13,8 +13,8 @@ cd "$(dirname "$0")/.."
 setup() {
   : "${OUT:?set OUT to the folder for the results}" "${DATA:=.gpu/photos128}"
   mkdir -p "$OUT"
-  if compgen -G ".gpu/wheels/*.whl" > /dev/null; then pip install -q --no-index --no-deps .gpu/wheels/*.whl; fi
-  python -c "import vqzoo, vqzoo_plugins" 2> /dev/null || pip install -q --no-index --no-deps --no-build-isolation -e .
+  if compgen -G ".gpu/wheels/*.whl" > /dev/null; then python -m pip install -q --no-index --no-deps .gpu/wheels/*.whl; fi
+  python -P -c "import vqzoo, vqzoo_plugins" 2> /dev/null || python -m pip install -q --no-index --no-deps --no-build-isolation -e .
 }
 
 check() {

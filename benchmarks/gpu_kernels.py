@@ -27,13 +27,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", type=Path)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", choices=("check", "time"), nargs="+", default=["check", "time"])
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31)
-    bench = Bench(parser.parse_args())
+    options = parser.parse_args()
+    bench = Bench(options)
     print(f"seed {bench.seed}", flush=True)
     versions = {"torch": str(torch.__version__), "triton": triton.__version__, "seed": bench.seed, "toy": bench.toy}
     content = {"hardware": hardware(bench.device, 1)} | versions
     for part in (check_search, check_loss, check_races, check_headline, time_search, time_loss, time_sizes, time_temperatures):
+        if part.__name__.split("_")[0] not in options.parts:
+            continue
         started = time.monotonic()
         content[part.__name__] = part(bench)
         print(f"{part.__name__} took {time.monotonic() - started:.0f} s", flush=True)
