@@ -1,11 +1,11 @@
 """The drift laboratory: what a moving encoder does to a codebook, and which methods keep up; on a CPU, in minutes.
 
     python benchmarks/drift.py toy        a cloud of 2-D points translates, shrinks, expands; no encoder (arXiv 2602.18896)
-    python benchmarks/drift.py stress     photos, the encoder's learning rate times 0.1 to 10 (arXiv 2606.11363, figure 2)
-    python benchmarks/drift.py control    a trained autoencoder, a k-means codebook, then training (the same, appendix A.3)
+    python benchmarks/drift.py control    a trained autoencoder, a k-means codebook, then training (arXiv 2606.11363, A.3)
 
 A method is an installed plugin or several joined by +, as in `vq+nsvq`. `key=value` changes the experiment's recipe in
-benchmarks/drift/, the fields of plugins included. Tables, figures and results.jsonl go to --out.
+benchmarks/drift/, the fields of plugins included. Tables, figures and results.jsonl go to --out. The encoder's learning rate as
+stress is the suite `drift` of `vqzoo bench`.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from vqzoo.stage import make_optimizer, set_learning_rate
 from vqzoo.tokenizer import make_plugin
 
 RECIPES = Path(__file__).with_suffix("")
-BESIDE = {"toy": (), "stress": ("pixel",), "control": ("continuous", "kmeans", "pixel")}
+BESIDE = {"toy": (), "control": ("continuous", "kmeans", "pixel")}
 """The plugins of each experiment that belong to no method."""
 
-METHODS = {"toy": "vq,simvq,vq+nsvq,simvq+nsvq", "stress": "vq,vq+nsvq", "control": "vq,vq+nsvq"}
-SET_HERE = ("seed", "plugins", "optim.scale", "stages")
+METHODS = {"toy": "vq,simvq,vq+nsvq,simvq+nsvq", "control": "vq,vq+nsvq"}
+SET_HERE = ("seed", "plugins", "stages")
 """Keys that the experiments themselves set."""
 
 FRAMES = 60
@@ -178,21 +178,7 @@ def toy(lab: "Lab") -> None:
     lab.draw_toy(curves)
 
 
-# ---- the stress test and the control: whole runs, read back from TensorBoard
-
-
-def stress(lab: "Lab") -> None:
-    """Train every method with every factor on the encoder's learning rate."""
-    rows = []
-    for method, scale, seed in lab.each(lab.methods, lab.scales, range(lab.seeds)):
-        recipe = lab.recipe(method, seed)
-        recipe = replace(recipe, optim=replace(recipe.optim, scale={**recipe.optim.scale, "encoder.*": scale}))
-        curves = lab.train(recipe, f"{method}_x{scale:g}_seed{seed}")
-        values = {"drift": mean(curves.get("drift/encoder_drift")), "churn": mean(curves.get("drift/assignment_churn")),
-                  "usage": last(curves.get("codes/usage")), "psnr": last(curves.get("final/psnr"))}
-        rows.append(lab.row(recipe, {"method": method, "encoder_lr": scale}, values))
-    lab.report(rows, ("method", "encoder_lr"))
-    lab.draw_stress(rows)
+# ---- the control: whole runs, read back from TensorBoard
 
 
 def control(lab: "Lab") -> None:
@@ -257,7 +243,7 @@ class Lab:
 
     def __init__(self, options: argparse.Namespace, out: Path):
         self.options, self.out, self.plt = options, out, pyplot()
-        self.methods, self.seeds, self.scales = options.methods.split(","), options.seeds, options.scales
+        self.methods, self.seeds = options.methods.split(","), options.seeds
         for method in self.methods:  # a mistake is found before the first run
             self.recipe(method, 0)
         out.mkdir(parents=True, exist_ok=True)
@@ -386,19 +372,6 @@ class Lab:
             pen.text((6, 4), f"{title}   step {frame.step}   {used}", fill="black")
         pictures[0].save(self.out / f"{name}.gif", save_all=True, append_images=pictures[1:], duration=80, loop=0)
 
-    def draw_stress(self, rows: list[dict[str, Any]]) -> None:
-        """Draw each measure over the factor on the encoder's learning rate."""
-        labels = {"drift": "encoder drift", "churn": "assignment churn", "usage": "usage (last epoch)", "psnr": "PSNR [dB]"}
-        figure, axes = self.plt.subplots(1, 4, figsize=(13, 3.8), layout="constrained")
-        for (name, label), axis in zip(labels.items(), axes, strict=True):
-            for method in self.methods:
-                mine = [[math.nan if row[name] is None else row[name] for row in rows
-                         if (row["method"], row["encoder_lr"]) == (method, scale)] for scale in self.scales]
-                self.band(axis, self.scales, list(zip(*mine, strict=True)), method, marker="o")
-            axis.set(xscale="log", xlabel="factor on the encoder's learning rate", ylabel=label)
-        axes[0].set_yscale("log")
-        self.save(figure, axes, "A faster encoder")
-
     def draw_control(self, curves: dict[str, list[dict[str, dict[int, float]]]]) -> None:
         """Draw usage, lag and drift over the steps since the codebook began as the k-means centres."""
         labels = {"drift/usage_fixed": "usage on fixed images", "drift/codebook_lag": "codebook lag (unused codes dashed)",
@@ -451,20 +424,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the experiment's recipe")
     parser.add_argument("--methods", help="plugins joined by +, methods by commas")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0 (default: 3)")
-    parser.add_argument("--scales", default="0.1,0.5,1,5,10", help="stress: factors on the encoder's learning rate")
     parser.add_argument("--data", help="a folder with train/ and val/ (default: photos inside scikit-image)")
     parser.add_argument("--out", help="a new or empty folder (default: runs/drift_EXPERIMENT)")
     options = parser.parse_intermixed_args(arguments)
     options.methods = options.methods or METHODS[options.experiment]
     if options.seeds < 1:
         raise UserError(f"--seeds: {options.seeds} must be at least 1")
-    try:
-        options.scales = [float(word) for word in options.scales.split(",")]
-    except ValueError as error:
-        raise UserError(f"--scales: {error}; write numbers, as in 0.1,1,10") from error
     for key in SET_HERE:
         if any(word.startswith((f"{key}=", f"{key}[")) for word in options.overrides):
-            raise UserError(f"{key}: the experiment sets this itself; see --seeds, --methods and --scales")
+            raise UserError(f"{key}: the experiment sets this itself; see --seeds and --methods")
     return options
 
 
@@ -475,7 +443,7 @@ def main(arguments: list[str] | None = None) -> int:
         out = Path(options.out or f"runs/drift_{options.experiment}")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out: {out} is not an empty folder; name a new one")
-        {"toy": toy, "stress": stress, "control": control}[options.experiment](Lab(options, out))
+        {"toy": toy, "control": control}[options.experiment](Lab(options, out))
     except (UserError, PluginError) as error:
         print(f"drift: {error}", file=sys.stderr)
         return 2

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kernels import number, numbers, processor, table, threads_for, words
+from kernels import numbers, words
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqzoo import Plugin, UserError, hookimpl, sources
+from vqzoo.bench.clock import number, processor, table, threads_for
 from vqzoo.evaluation.report import hardware
 from vqzoo.lpips import NETWORKS
 from vqzoo.plugin import Progress

@@ -23,32 +23,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import (
-    add_common,
-    clock,
-    emit,
-    number,
-    numbers,
-    paired,
-    peers,
-    resident,
-    summarise,
-    table,
-    threads_for,
-    with_threads,
-)
+from kernels import add_common, emit, numbers, with_threads
 from kernels import words as words_of
 from PIL import Image
 from torch import Tensor
 
-from vqzoo.data import Batch, to_images
+from vqzoo.bench import peers, speed
+from vqzoo.bench.clock import clock, number, paired, resident, summarise, table, threads_for
+from vqzoo.bench.speed import several, trainer_step
+from vqzoo.data import to_images
 from vqzoo.discriminators import PatchDiscriminator
-from vqzoo.monitor import Drift, Monitor
 from vqzoo.ops import discriminator_loss, embedding_losses, generator_loss, nearest_codes, straight_through
-from vqzoo.pictures import Pictures
 from vqzoo.prepare import build
 from vqzoo.recipe import Recipe, load_recipe
-from vqzoo.trainer import Trainer
 
 OURS, STRUCTURE = peers.OURS, "SimVQ's structure"
 CHANGES = {
@@ -163,14 +150,7 @@ def peak_of(options: argparse.Namespace, name: str) -> int:
 
 def noise(options: argparse.Namespace) -> Tensor:
     """Return 4 batches of images [4, B, 3, H, W] (uint8) on the device."""
-    generator = torch.Generator().manual_seed(options.seed)
-    shape = (4, options.batch, 3, options.resolution, options.resolution)
-    return torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(options.device)
-
-
-def several(step: Step, images: Tensor, count: int) -> None:
-    for index in range(count):
-        step(images[index % len(images)])
+    return speed.noise(options.batch, [options.resolution] * 2, options.seed, options.device)
 
 
 def make(options: argparse.Namespace, name: str, folder: Path) -> Step:
@@ -206,20 +186,6 @@ def recipe_of(options: argparse.Namespace, method: tuple[str, ...], folder: Path
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(content))
     return load_recipe(str(path), options.overrides)
-
-
-def trainer_step(recipe: Recipe, out: Path) -> Step:
-    """Return the trainer's own step on images that are on the device already; set up as a run begins."""
-    trainer = Trainer(recipe, out)
-    trainer.drift, trainer.pictures = Drift(trainer.fixed), Pictures(trainer.fixed)
-    trainer.monitor = Monitor(out, 1, 0, 0, enabled=False)
-    trainer._begin_stage()
-    trainer.train_batches.close()
-    return partial(trained, trainer)
-
-
-def trained(trainer: Trainer, images: Tensor) -> None:
-    trainer._step([Batch(images, torch.arange(len(images)), [])], False)
 
 
 class Structure:

@@ -1,4 +1,4 @@
-"""Write what the documentation says of hooks and of checks, from the code that it speaks of: `make docs`."""
+"""Write what the documentation says of hooks, checks and results, from the code and files that it speaks of: `make docs`."""
 
 import ast
 import inspect
@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tables import rendered
 
 import vqzoo
 import vqzoo.ops
@@ -183,9 +185,9 @@ def _flat(text: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Return what the generated pages must be, by path."""
-    contract = HERE / "contract.md"
+    contract, readme = HERE / "contract.md", HERE.parent / "README.md"
     return {HERE / "hooks.md": hooks_page(), contract: contract_page(contract.read_text()),
-            HERE / "names.md": names_page()}
+            HERE / "names.md": names_page(), readme: rendered(readme.read_text())}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import gc
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import plugins_for_tests
@@ -48,6 +49,26 @@ def tiny_runs():
     AcceleratorState._reset_state(True)
     gc.unfreeze()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cells_here(monkeypatch):
+    """Run the cells of suites in this process, as if there were no GPU, and do not time their codebooks."""
+    from vqzoo import cli
+    from vqzoo.bench import train, workers
+
+    def run(cells, places, plugin_files, ended):
+        for cell in cells:
+            recipe = cell.lay_down()
+            with (cell.folder / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+                status = cli.main(["run", str(recipe), "--out", str(cell.folder / "run"), "--resume", "auto"])
+            ended(cell, workers._error(cell, status), 0.1)
+
+    monkeypatch.setattr(workers, "run", run)
+    monkeypatch.setattr(workers, "_gpus", list)
+    monkeypatch.setattr(train, "quantizer_times", lambda recipes, *_, **__: {
+        name: {"ms": 1.0 + number, "ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1, "bytes": 1}
+        for number, name in enumerate(recipes)})
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ LAYERS = (
 )
 """The modules of vqzoo from the ground up: each imports only from those before it."""
 
-PACKAGES = ("doctor", "evaluation", "ops", "testing")
+PACKAGES = ("bench", "doctor", "evaluation", "ops", "testing")
 """Layers of several files, which import one another."""
 
 FORBIDDEN = ("accelerate", "torch.distributed", "torch.nn.parallel", "vqzoo_plugins", "plugins", "pluggy")

@@ -1,339 +1,327 @@
-"""The composition matrix: pairs train, are refused with a reason, or surprise; and who reads it sees which."""
+"""Suites that train: what they refuse, what they run again and what not, and that all variants begin alike."""
 
-import io
 import json
-import re
+import os
+import signal
+import subprocess
+import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
-from vqzoo import Codebook, Interrupted, Plugin, Quantized, UserError, bench, cli, hookimpl, sources
-from vqzoo.bench import REFERENCE, REFUSED, SURPRISE, TRAINS, Cell, Matrix, Provider
+from vqzoo import UserError, cli
+from vqzoo.bench import train, workers
+from vqzoo.bench.cells import initial_network, plan, read_rows
+from vqzoo.bench.suite import load_suite, shipped
+from vqzoo.recipe import load_recipe
+
+SUITE = """
+about: tiny
+base: tiny.yaml
+baseline: vq
+joins: {plugins: {vq: {}}}
+variants:
+  vq: {plugins: {vq: {}}}
+  simvq: {plugins: {simvq: {}}}
+groups:
+  alike: {match: codebook_size, variants: [vq, simvq]}
+metrics: [psnr, usage]
+columns: [psnr, usage]
+seeds: 1
+budget: {steps: 4}
+quick: {leaves_out: half of it, budget: {steps: 2}, variants: [vq]}
+"""
+BASE = """
+epochs: 2
+ema: 0.9
+data: {name: photos, resolution: [32, 32], batch_size: 4, workers: 0}
+encoder: {stride: 8, args: {width: 4, mult: [1], blocks: 1, patch: 8}}
+decoder: {args: {width: 4, mult: [1], blocks: 1, patch: 8}}
+codebook: {size: 16, width: 4}
+plugins: {pixel: {}}
+log: {steps: 2, images: 2, drift_images: 2}
+evaluate: {epochs: 2, images: 4}
+checkpoint: {keep_best: false}
+"""
+MINE = '''
+from vqzoo import Plugin, hookimpl
 
 
-class Fine(Plugin):
-    """Fine: an estimator that works with all."""
+class Mine(Plugin):
+    """Mine: an estimator of one's own."""
 
     @hookimpl
     def straight_through(self, latents, codes):
         return latents + (codes - latents).detach()
-
-
-class Fixed(Plugin):
-    """Fixed: a codebook of 1000 codes that cannot be overwritten."""
-
-    @hookimpl
-    def make_codebook(self, size, width):
-        if size != 1000:
-            raise ValueError(f"size: {size} is not 1000")
-        return Rigid(size, width)
-
-
-class Rigid(Codebook):
-    replaceable = False
-
-    def __init__(self, size, width):
-        super().__init__(size, width)
-        self.table = nn.Parameter(torch.randn(size, width))
-
-    def compute_vectors(self):
-        return self.table
-
-
-class Writer(Plugin):
-    """Writer: overwrites the first code in each step."""
-
-    @hookimpl
-    def refresh_codes(self, codebook):
-        codebook.replace_(torch.tensor([0]), torch.ones(1, codebook.width))
-        return 1
-
-
-class Undefined(Plugin):
-    """Undefined: a loss that is not a number from the second step on."""
-
-    @hookimpl(wrapper=True)
-    def embedding_loss(self, progress):
-        losses = yield
-        return {name: loss * (torch.nan if progress.step else 1) for name, loss in losses.items()}
-
-
-class Faulty(Plugin):
-    """Faulty: its numbers raise once the run has begun."""
-
-    @hookimpl
-    def report(self, progress):
-        if progress.step == 2:
-            raise RuntimeError("at odds")
-        return {}
-
-
-class Belated(Plugin):
-    """Belated: says in a step what should have been said before."""
-
-    @hookimpl
-    def stage_transition(self, progress):
-        raise UserError("belated: this cannot be")
-
-
-class Starter(Plugin):
-    """Starter: refuses as a stage is entered."""
-
-    @hookimpl
-    def enter_stage(self, tokenizer):
-        tokenizer.codebook.replace_(torch.tensor([0]), torch.ones(1, tokenizer.codebook.width))
-
-
-class Search(Plugin):
-    """Search: its search needs its own codebook."""
-
-    def companions(self):
-        return {"quantize": ("make_codebook",)}
-
-    @hookimpl
-    def make_codebook(self, size, width):
-        return Rigid(size, width)
-
-    @hookimpl
-    def quantize(self, latents, codebook):
-        assert isinstance(codebook, Rigid)
-        indices = torch.cdist(latents.flatten(0, 1), codebook.vectors()).argmin(1).view(latents.shape[:2])
-        return Quantized(codebook.lookup(indices), indices)
-
-
-CLASSES = {kind.__name__.lower(): kind
-           for kind in (Fine, Fixed, Writer, Undefined, Faulty, Belated, Starter, Search)}
-
-
-def call(*words, classes=CLASSES):
-    """Run the command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with sources.also(classes=classes), redirect_stdout(out), redirect_stderr(err):
-        code = cli.main(["bench", "compose", *map(str, words)])
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
-
-
-@pytest.fixture(scope="module")
-def trial(tiny_runs, tmp_path_factory):
-    """Try plugins that are made up, one of each kind."""
-    file = tmp_path_factory.mktemp("bench") / "matrix.json"
-    done = call("--plugins", "fine,fixed,writer,undefined,faulty,belated,starter", "--json", file)
-    done.content = json.loads(file.read_text())
-    done.cells = {frozenset((cell["one"]["plugin"], cell["other"]["plugin"])): cell for cell in done.content["cells"]}
-    return done
-
-
-def among(trial, one, other):
-    return SimpleNamespace(**trial.cells[frozenset((one, other))])
-
-
-# ---- what becomes of a pair
-
-
-def test_a_pair_that_works_trains(trial):
-    cell = among(trial, "fine", "fixed")
-    assert (cell.outcome, cell.error, cell.codes) == (TRAINS, "", 1000)
-    assert among(trial, "fine", "writer").outcome == TRAINS and among(trial, "fine", "writer").codes == bench.SIZES[0]
-
-
-def test_a_pair_that_is_refused_before_training_is_no_surprise(trial):
-    cell = among(trial, "fixed", "writer")
-    assert (cell.outcome, cell.error, cell.when) == (REFUSED, "UserError", "wiring")
-    assert "writer would overwrite codes, but Rigid is implicit" in cell.reason
-
-
-def test_a_pair_that_is_refused_as_the_first_stage_is_entered_is_told_apart(trial):
-    cell = among(trial, "fixed", "starter")
-    assert (cell.outcome, cell.when) == (REFUSED, "start") and "cannot be overwritten" in cell.reason
-
-
-def test_a_loss_that_is_not_finite_is_a_surprise(trial):
-    cell = among(trial, "fine", "undefined")
-    assert (cell.outcome, cell.when) == (SURPRISE, "training") and "is not finite" in cell.reason
-
-
-def test_an_exception_of_a_plugin_is_a_surprise(trial):
-    cell = among(trial, "fine", "faulty")
-    assert (cell.outcome, cell.error) == (SURPRISE, "PluginError") and "faulty" in cell.reason and "at odds" in cell.reason
-
-
-def test_a_refusal_in_the_middle_of_a_run_is_a_surprise(trial):
-    cell = among(trial, "fine", "belated")
-    assert (cell.outcome, cell.when) == (SURPRISE, "training") and "in the middle of the run" in cell.reason
-
-
-def test_a_pair_that_does_not_end_is_a_surprise():
-    cell = Cell(Provider("one", "report"), Provider("other", "quantize"))
-    with bench._outcome(cell), bench._limit(0.05):
-        try:
-            time.sleep(5)
-        except Exception:  # as a careless plugin has it
-            time.sleep(5)
-    assert cell.outcome == SURPRISE and "not done after" in cell.reason
-
-
-def test_a_run_that_ends_by_itself_is_a_surprise():
-    cell = Cell(Provider("one", "report"), Provider("other", "quantize"))
-    with bench._outcome(cell):
-        pass
-    assert cell.outcome == SURPRISE and "before its time" in cell.reason
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("SIGINT at step 3", 2)])
-def test_a_signal_ends_the_bench(stop):
-    cell = Cell(Provider("one", "report"), Provider("other", "quantize"))
-    with pytest.raises(type(stop)), bench._outcome(cell):
-        raise stop
-    assert cell.outcome == TRAINS and not cell.reason
-
-
-def test_the_exit_status_says_whether_there_was_a_surprise(trial):
-    assert trial.code == 1
-    done = call("--plugins", "fine,fixed")
-    assert done.code == 0 and "1 train" in done.out and "0 are a SURPRISE" in done.out
-
-
-# ---- what is told
-
-
-def test_all_pairs_are_in_the_json_with_their_recipe_and_the_versions(trial):
-    providers = [(one["plugin"], one["hook"]) for one in trial.content["providers"]]
-    assert len(providers) == 7 and ("starter", "enter_stage") in providers
-    assert len(trial.content["cells"]) == len(trial.cells) == 21
-    assert trial.content["seed"] == bench.SEED and "torch" in trial.content["versions"]
-    cell = among(trial, "fine", "writer")
-    assert cell.hooks["straight_through"] == ["fine"] and cell.hooks["refresh_codes"] == ["writer"]
-    assert cell.hooks["quantize"] == [REFERENCE] and {"fine", "writer"} < set(cell.plugins)
-
-
-def test_the_matrix_has_a_row_for_each_hook_and_the_reasons_below(trial):
-    rows = re.findall(r"^(\w*) +([a-z]+) +(\d+)(.*)$", trial.out.partition("\n\n")[2].partition("\n\n")[0], re.M)
-    assert [int(number) for _, _, number, _ in rows] == [1, 2, 3, 4, 5, 6, 7]
-    marks = {plugin: cells.split() for _, plugin, _, cells in rows}
-    assert [len(cells) for cells in marks.values()] == list(range(7))
-    assert [plugin for _, plugin, *_ in rows] == ["fixed", "fine", "undefined", "writer", "belated", "starter", "faulty"]
-    assert marks["fine"] == ["·"] and marks["undefined"] == ["!", "!"] and marks["writer"][:2] == ["a", "·"]
-    assert re.search(r"^  a +1  .*writer would overwrite codes", trial.out, re.M)
-    assert re.search(r"^  ! +\d+  PluginError in training: ", trial.out, re.M)
-    assert "at odds" in " ".join(trial.out.split())
-
-
-def test_progress_is_told_beside_the_matrix(trial):
-    assert re.search(r"^21 of 21 pairs, \d+ surprises", trial.err, re.M)
-
-
-def cells_of(*rows):
-    """Make cells of (one, other, outcome, reason)."""
-    made = []
-    for one, other, outcome, reason in rows:
-        cell = Cell(Provider(*one.split(":")), Provider(*other.split(":")), outcome, "wiring", "UserError", reason)
-        made.append(cell)
-    return made
-
-
-def test_reasons_that_differ_in_names_and_numbers_only_are_told_once():
-    cells = cells_of(("vq:quantize", "ema:report", REFUSED, "vq has 64 of ema"), ("vq:quantize", "fsq:report", REFUSED,
-                     "vq has 128 of fsq"), ("ema:report", "fsq:report", REFUSED, "another reason"))
-    providers = [Provider("vq", "quantize"), Provider("ema", "report"), Provider("fsq", "report")]
-    text = bench.rendered(providers, cells, 1.0, 100)
-    assert re.findall(r"^  ([ab]) +(\d+)  (.*)$", text, re.M) == [
-        ("a", "2", "vq has 64 of ema [vq:quantize × ema:report, ...]"), ("b", "1", "another reason [ema:report × fsq:report]")]
-    assert re.search(r"fsq +3  a  b$", text, re.M)
-
-
-def test_the_pairs_of_a_surprise_are_named_by_what_they_have_in_common():
-    pairs = [("a:quantize", "z:report"), ("b:quantize", "z:report"), ("b:quantize", "y:report"), ("c:quantize", "z:report")]
-    cells = cells_of(*((one, other, SURPRISE, "") for one, other in pairs))
-    assert bench._pairs(cells) == "z:report × a:quantize, b:quantize, c:quantize; y:report × b:quantize"
-
-
-@pytest.mark.parametrize("width", [80, 120, 160])
-def test_the_text_is_no_wider_than_the_terminal(width):
-    reason = "a long reason that goes on " * 20
-    cells = cells_of(("vq:quantize", "ema:report", REFUSED, reason), ("vq:quantize", "fsq:report", SURPRISE, reason))
-    text = bench.rendered([Provider("vq", "quantize"), Provider("ema", "report"), Provider("fsq", "report")], cells, 1.0, width)
-    assert max(map(len, text.splitlines())) <= width
-
-
-# ---- what is tried
+'''
 
 
 @pytest.fixture
-def matrix(tiny_runs):
-    """Make the matrix of plugins by name."""
-    with sources.also(classes={**CLASSES, REFERENCE: bench.Reference, bench.FRAME: bench.Frame}):
-        yield lambda *names: Matrix({name: {} for name in names})
+def suite(tmp_path):
+    """Return the path of a tiny suite."""
+    (tmp_path / "tiny.yaml").write_text(BASE)
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    return tmp_path / "suite.yaml"
 
 
-def routes(matrix, *pair):
-    return matrix._routes([Provider(*words.split(":"), kind=matrix.offers[words.split(":")[0]][words.split(":")[1]])
-                           for words in pair])
+@pytest.fixture
+def here(tiny_runs, cells_here):
+    """Run cells in this process, as if on a machine without a GPU."""
 
 
-def test_a_pair_serves_its_hooks_and_the_reference_what_is_left_open(matrix):
-    made = routes(matrix("vq", "nsvq"), "vq:quantize", "nsvq:refresh_codes")
-    assert made["quantize"] == ["vq"] and made["refresh_codes"] == ["nsvq"] and made["embedding_loss"] == [REFERENCE]
-    assert made["stage_transition"] == [bench.FRAME] and made["make_discriminator"] == made["report"] == []
+def bench(*words):
+    return cli.main(["bench", *map(str, words)])
 
 
-def test_a_wrapper_wraps_the_reference_or_what_the_other_provides(matrix):
-    made = matrix("vq", "nsvq")
-    assert routes(made, "nsvq:embedding_loss", "vq:quantize")["embedding_loss"] == [REFERENCE, "nsvq"]
-    assert set(routes(made, "nsvq:embedding_loss", "vq:embedding_loss")["embedding_loss"]) == {"vq", "nsvq"}
+def rows(out):
+    return {(row["variant"], row["seed"]): row for row in read_rows(out / "results.jsonl")}
 
 
-def test_companions_come_along_unless_the_other_serves_them(matrix):
-    made = matrix("search", "fine", "vq")
-    assert routes(made, "search:quantize", "fine:straight_through")["make_codebook"] == ["search"]
-    assert routes(made, "search:quantize", "vq:make_codebook")["make_codebook"] == ["vq"]
+# ---- suites are data
 
 
-def test_there_is_a_discriminator_where_one_of_the_pair_has_to_do_with_it(matrix):
-    made = matrix("vq", "gan")
-    assert routes(made, "vq:quantize", "gan:reconstruction_loss")["make_discriminator"] == [REFERENCE]
-    assert routes(made, "vq:quantize", "gan:make_discriminator")["discriminator_loss"] == [REFERENCE]
+@pytest.mark.parametrize(("name", "quick"), [(name, True) for name in sorted(shipped())] + [("quantizers", False)])
+def test_every_cell_of_a_shipped_suite_has_a_recipe(name, quick, tmp_path):
+    suite = load_suite(name, quick=quick)
+    assert load_suite(name).quick is None
+    assert suite.config.about and (suite.quick is None) == (not quick)
+    if suite.config.kind == "train":
+        cells = plan(suite, [], None, tmp_path, {})
+        assert len(cells) == len(suite.variants) * max(1, len(suite.points)) * suite.seeds
+        assert len({cell.folder for cell in cells}) == len(cells)
+        for title, table in suite.tables().items():
+            sizes = {cell.recipe.codebook.size for cell in cells if cell.variant in table.variants and cell.point is None}
+            assert table.match != "codebook_size" or len(sizes) == 1, title
+        steps = {cell.recipe.epochs * (cell.recipe.epoch_steps or 0) for cell in cells if not suite.points}
+        assert len(steps) <= 1
 
 
-def test_two_providers_of_one_hook_are_no_pair_but_what_a_stage_can_bind_together_is(matrix):
-    pairs = {(str(one), str(other)) for one, other in matrix("vq", "simvq", "nsvq", "pixel", "gan").pairs}
-    assert ("vq:quantize", "simvq:quantize") not in pairs and ("vq:quantize", "vq:straight_through") in pairs
-    assert ("simvq:embedding_loss", "nsvq:embedding_loss") in pairs
-    assert ("pixel:reconstruction_loss", "gan:reconstruction_loss") in pairs
+def test_the_suite_of_quantizers_has_every_plugin_that_serves_a_codebook(tmp_path):
+    from vqzoo.sources import available, offered_hooks
+
+    hooks = {"make_codebook", "quantize", "straight_through", "embedding_loss", "refresh_codes"}
+    wanted = {name for name, source in available().items()
+              if source.distribution == "vqzoo" and hooks & set(offered_hooks(source.load()))} | {"kmeans"}
+    used = {plugin for cell in plan(load_suite("quantizers"), [], None, tmp_path, {}) for plugin in cell.recipe.plugins}
+    assert wanted <= used
 
 
-def test_the_doors_are_left_out():
-    assert not {"make_dataset", "make_metric"} & set(bench.HOOKS)
-
-
-# ---- mistakes
-
-
-@pytest.mark.parametrize("words, fragment", [
-    (["--plugins", "vqq"], "did you mean 'vq'?"),
-    (["--plugins", "vq", "simvq.codebook_weight=1"], "'simvq' is not among the plugins to try"),
-    (["--plugins", "vq", "vq.codebook_wieght=1"], "did you mean 'codebook_weight'?"),
-    (["--plugins", "fine,fixed", "--json", "nowhere/x.json"], "--json: nowhere/x.json cannot be written"),
+@pytest.mark.parametrize(("text", "named"), [
+    ("kind: race", "kind: 'race'"),
+    ("variants: {vq: 3}", "variants.vq"),
+    ("varants: {}", "varants: unknown key"),
+    ("baseline: nope", "baseline: there is no variant 'nope'"),
+    ("groups: {all: {variants: [vq, nope]}}", "groups.all.variants"),
+    ("budget: {steps: 0}", "budget: steps 0"),
+    ("budget: {steps: 2, seconds: 3}", "two budgets"),
+    ("seeds: none", "seeds"),
+    ("variants: {vq: {plugins: {vq: {}}, at: {big: {}}}}", "variants.vq.at.big"),
+    ("quick: {points: [big]}", "quick.points"),
+    ("base: '${oc.env:HOME}'", "not allowed"),
+    ("base: nowhere.yaml", "nowhere.yaml"),
+    ("variants: {vq: {plugins: {vq: {weigth: 3}}}}", "variants.vq"),
+    ("budget: {steps: 3}", "3 steps do not divide into the 2 epochs"),
+    ("metrics: [psnrr]", "psnrr"),
+    ("- a list", "a suite is a mapping"),
+    ("a: [", "plain YAML"),
 ])
-def test_mistakes_are_told(words, fragment, tiny_runs):
-    done = call(*words)
-    assert done.code == 2 and fragment in done.err
+def test_a_mistake_in_a_suite_is_named_before_anything_runs(suite, tmp_path, capsys, text, named):
+    import yaml
+
+    try:
+        content = {**yaml.safe_load(SUITE), **yaml.safe_load(text)}
+        if "variants" in content and set(content["variants"]) != {"vq", "simvq"}:
+            content.pop("groups")
+        content.pop("quick") if "quick" not in text else None
+    except (TypeError, yaml.YAMLError, ValueError):
+        content = None
+    suite.write_text(yaml.safe_dump(content) if content else text)
+    assert bench(suite, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert named in said and ("suite.yaml" in said or "budget" in said)
+    assert not (tmp_path / "out" / "cells").exists()
 
 
-def test_a_plugin_that_cannot_be_used_is_left_out_and_that_is_said(tmp_path, monkeypatch):
-    (tmp_path / "broken.py").write_text("import a_module_that_nobody_has")
-    with sources.also([str(tmp_path / "broken.py")]):
-        fields, unusable = bench._chosen(None, ["perceptual.pretrained=false"])
-    assert "broken" not in fields and "a_module_that_nobody_has" in unusable["broken"]
-    assert fields["perceptual"] == {"pretrained": False} and fields["vq"] == {}
+@pytest.mark.parametrize(("words", "named"), [
+    (["seed=3"], "see --seeds"),
+    (["epoch_steps=3"], "see --steps or --seconds"),
+    (["--plugins", "vq,nope"], "'nope' is neither a variant of the suite nor an installed plugin"),
+    (["--seeds", "0"], "seeds: 0"),
+    (["--steps", "2", "--seconds", "3"], "two budgets"),
+    (["--also", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["codebook.sise=3"], "codebook.sise"),
+    (["--json", "x"], "--json"),
+])
+def test_a_mistake_on_the_command_line_is_named(suite, tmp_path, capsys, words, named):
+    assert bench(suite, "--out", tmp_path / "out", *words) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "out" / "cells").exists()
 
 
-# ---- the zoo
+def test_a_suite_without_a_short_form_says_so(suite, capsys):
+    suite.write_text(SUITE.replace("quick:", "# quick:"))
+    assert bench(suite, "--quick") == 2 and "--quick" in capsys.readouterr().err
 
 
-def test_a_selection_of_the_zoo_has_no_surprises(tiny_runs):
-    done = call("--plugins", "factorized,nsvq", classes={})
-    assert done.code == 0 and "0 are a SURPRISE" in done.out, done.out
+def test_what_is_laid_over_comes_in_the_order_that_is_promised(suite, tmp_path):
+    suite.write_text(SUITE + """
+recipe: {codebook: {size: 17, width: 5}, optim: {lr: 0.5}}
+axis: codes
+points: {few: {codebook: {size: 18}}, many: {codebook: {size: 19}}}
+""")
+    suite.write_text(suite.read_text().replace("simvq: {plugins: {simvq: {}}}", "simvq: {plugins: {simvq: {}}, "
+                                               "optim: {lr: 0.25}, at: {many: {codebook: {size: 20}}}}"))
+    cells = {(cell.variant, cell.point): cell.recipe for cell in plan(load_suite(str(suite)), ["ema=0.5"], None, tmp_path, {})}
+    assert {key: recipe.codebook.size for key, recipe in cells.items()} == {
+        ("vq", "few"): 18, ("vq", "many"): 19, ("simvq", "few"): 18, ("simvq", "many"): 20}
+    assert {recipe.codebook.width for recipe in cells.values()} == {5} and cells["vq", "few"].ema == 0.5
+    assert (cells["vq", "few"].optim.lr, cells["simvq", "few"].optim.lr) == (0.5, 0.25)
+
+
+# ---- alike at the start
+
+
+@pytest.mark.parametrize("quantizer", ["simvq: {}", "fsq: {levels: [4, 4]}", "residual: {depth: 2}",
+                                       "factorized: {dimension: 3}, vq: {}"])
+def test_all_variants_of_a_seed_begin_with_the_same_network(tmp_path, quantizer):
+    def network(plugins, seed=0):
+        (tmp_path / "one.yaml").write_text(BASE.replace("pixel: {}", f"pixel: {{}}, {plugins}"))
+        return initial_network(load_recipe(str(tmp_path / "one.yaml"), [f"seed={seed}"]))
+
+    assert network(quantizer) == network("vq: {}") != network("vq: {}", seed=1)
+
+
+# ---- running
+
+
+def test_a_suite_runs_is_not_run_again_and_takes_in_who_joins(suite, here, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert bench(suite, "--out", out) == 0
+    first = capsys.readouterr()
+    assert "[2/2]" in first.err and "PSNR" in first.out
+    found = rows(out)
+    assert set(found) == {("vq", 0), ("simvq", 0)}
+    row = found["simvq", 0]
+    assert row["status"] == "finished" and row["values"]["steps"] == 4 and row["curves"]["codes/usage"]
+    assert row["card"]["protocol"] == "vqzoo" and row["hardware"]["jobs"] and "torch" in row["versions"]
+    assert row["initial_network"] == found["vq", 0]["initial_network"] and len(row["recipe_sha256"]) == 64
+    assert {"report.md", "report.html", "results.jsonl", "speed.json", "tensorboard"} <= {path.name for path in out.iterdir()}
+    (tmp_path / "mine.py").write_text(MINE)
+    before = (out / "cells" / "vq-0" / "log.txt").stat().st_mtime_ns
+    assert bench(suite, "--out", out, "--plugins", "vq,mine", "--plugin-file", tmp_path / "mine.py") == 0
+    again = capsys.readouterr()
+    assert "1 of 2 cells are done already" in again.err and before == (out / "cells" / "vq-0" / "log.txt").stat().st_mtime_ns
+    assert set(rows(out)) == {("vq", 0), ("simvq", 0), ("mine", 0)}
+    assert all(name in again.out and name in (out / "report.md").read_text() for name in ("simvq", "mine"))
+    assert rows(out)["mine", 0]["recipe"]["plugins"].keys() == {"pixel", "vq", "mine"}
+    assert bench(suite, "--out", out, "optim.lr=0.5") == 2  # another recipe
+    assert "optim.lr" in capsys.readouterr().err
+
+
+def test_a_cell_that_fails_is_shown_and_stops_no_other(suite, here, tmp_path, capsys):
+    (tmp_path / "faulty.py").write_text(MINE.replace("Mine", "Faulty").replace(
+        "return latents + (codes - latents).detach()", "assert not latents.requires_grad, 'at odds'\n        return codes"))
+    out = tmp_path / "out"
+    assert bench(suite, "--out", out, "--plugins", "faulty,vq", "--plugin-file", tmp_path / "faulty.py") == 1
+    said = capsys.readouterr()
+    assert "FAILED" in said.err and "at odds" in said.out
+    assert rows(out)["faulty", 0]["status"] == "failed" and rows(out)["vq", 0]["status"] == "finished"
+    assert "at odds" in rows(out)["faulty", 0]["error"] and "at odds" in (out / "report.md").read_text()
+    (tmp_path / "faulty.py").write_text(MINE.replace("Mine", "Faulty"))  # mended, and tried again
+    assert bench(suite, "--out", out, "--plugins", "faulty,vq", "--plugin-file", tmp_path / "faulty.py") == 0
+    assert rows(out)["faulty", 0]["status"] == "finished"
+
+
+def test_an_interrupted_suite_saves_and_goes_on(suite, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "vqzoo", "bench", str(suite), "--out", str(out), "--jobs", "1", "--plugins", "vq",
+               "--steps", "40000"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    log, end = out / "cells" / "vq-0" / "log.txt", time.monotonic() + 60
+    while time.monotonic() < end and not (log.exists() and "/40000" in log.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "goes on" in said, said
+    assert list((out / "cells" / "vq-0" / "run" / "checkpoints").glob("step_*"))  # it was saved
+    assert not (out / "results.jsonl").exists()
+
+
+def test_another_machines_cells_are_refused_or_marked(suite, here, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert bench(suite, "--out", out, "--plugins", "vq") == 0
+    (row,) = read_rows(out / "results.jsonl")
+    row["hardware"]["device"] = "another"
+    (out / "results.jsonl").write_text(json.dumps(row) + "\n")
+    capsys.readouterr()
+    assert bench(suite, "--out", out) == 2
+    assert "another" in capsys.readouterr().err
+    other = tmp_path / "other"
+    assert bench(suite, "--out", other, "--plugins", "simvq", "--also", out) == 2
+    assert "--mixed" in capsys.readouterr().err and (other / "results.jsonl").exists()  # nothing is lost
+    assert bench(suite, "--out", other, "--plugins", "simvq", "--also", out, "--mixed") == 0
+    assert "another" in (other / "report.md").read_text()
+
+
+def test_a_budget_of_seconds_becomes_steps_that_are_measured_once(suite, here, monkeypatch, tmp_path):
+    timed = []
+    monkeypatch.setattr(train.Bench, "_step_seconds", lambda self, cell: timed.append(cell.variant) or
+                        {"vq": 0.5, "simvq": 1.0}[cell.variant])
+    for _ in range(2):
+        assert bench(suite, "--out", tmp_path / "out", "--seconds", "4") == 0
+    assert timed == ["vq", "simvq"]
+    found = rows(tmp_path / "out")
+    assert (found["vq", 0]["values"]["steps"], found["simvq", 0]["values"]["steps"]) == (8, 4)
+    assert found["vq", 0]["budget"]["seconds"] == 4
+
+
+def test_steps_are_timed_by_two_runs(suite, here, tmp_path):
+    from types import SimpleNamespace
+
+    options = SimpleNamespace(jobs=1, overrides=[], data=None, also=[], mixed=False, plugin_file=[], out=None)
+    bench = train.Bench(load_suite(str(suite), "vq"), options, tmp_path / "out")
+    assert 1e-4 <= bench._step_seconds(bench.cells[0]) < 5
+
+
+def test_a_folder_of_another_suite_or_in_use_is_refused(suite, here, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert bench(suite, "--out", out, "--plugins", "vq") == 0
+    (tmp_path / "second.yaml").write_text(SUITE)
+    assert bench(tmp_path / "second.yaml", "--out", out) == 2 and "suite" in capsys.readouterr().err
+    (out / "results.jsonl").write_text("{}\n")
+    assert bench(suite, "--out", out) == 2 and "results.jsonl" in capsys.readouterr().err
+
+
+def test_tensorboard_has_a_table_of_hyperparameters(suite, here, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert bench(suite, "--out", tmp_path / "out", "--plugins", "simvq") == 0
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard" / "simvq-0")).Reload()
+    assert "final/psnr" in events.Tags()["scalars"]
+    assert any("hparams" in tag for tag in events.summary_metadata)
+
+
+# ---- places
+
+
+def test_cells_take_gpus_in_turn_and_share_the_cores(monkeypatch):
+    monkeypatch.setattr(workers, "_gpus", lambda: ["3", "5"])
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(8)))
+    assert workers.Places.of(None) == workers.Places(2, 4, ["3", "5"])
+    assert workers.Places.of(4) == workers.Places(4, 2, ["3", "5"])
+    monkeypatch.setattr(workers, "_gpus", lambda: [])
+    assert workers.Places.of(None) == workers.Places(8, 1, [])
+
+
+def test_the_end_of_a_log_is_a_traceback_or_the_message(tmp_path):
+    (tmp_path / "log").write_text("step 1\nvqzoo: old\nstep 2\nTraceback (most recent call last):\n  x\nValueError: no\n")
+    assert workers.last_lines(tmp_path / "log").startswith("Traceback")
+    (tmp_path / "log").write_text("step 1\nvqzoo: NonFiniteError: loss\n")
+    assert workers.last_lines(tmp_path / "log") == "vqzoo: NonFiniteError: loss"
+    assert workers.last_lines(Path(tmp_path / "none")) == ""
+
+
+def test_a_user_error_in_a_suite_is_one(tmp_path):
+    with pytest.raises(UserError, match="no shipped suite"):
+        load_suite("quantiser")

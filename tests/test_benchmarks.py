@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vqzoo.bench import clock, peers
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -24,7 +26,7 @@ def scripts(tiny_runs):
 def kernels(monkeypatch):
     import kernels
 
-    monkeypatch.setattr(kernels, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(clock, "LEAST_SECONDS", 0.0)
     return kernels
 
 
@@ -60,8 +62,6 @@ def test_search_is_exact_and_says_how_it_was_measured(kernels, capsys, tmp_path,
 
 
 def test_flips_of_the_expanded_form_are_found(kernels):
-    import peers
-
     latents, vectors = peers.inputs("vqgan", 300, 4096, 16, 0, "cpu")
     nearest = peers.nearest_in_float64(latents, vectors)
     direct = torch.cat([(tile[:, None].double() - vectors.double()).square().sum(2).argmin(1) for tile in latents.split(50)])
@@ -76,8 +76,6 @@ def test_flips_of_the_expanded_form_are_found(kernels):
 
 
 def test_every_installed_peer_finds_the_nearest_code():
-    import peers
-
     latents, vectors = peers.inputs("gauss", 40, 60, 8, 0, "cpu")
     nearest = peers.nearest_in_float64(latents, vectors)
     for name, method in peers.search_methods("cpu").items():
@@ -88,8 +86,6 @@ def test_every_installed_peer_finds_the_nearest_code():
 
 
 def test_a_peer_that_is_missing_or_too_large_is_named(kernels, capsys, monkeypatch):
-    import peers
-
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     kernels.main(["search", "--n", "2000", "--k", "3000", "--d", "4", "--rounds", "1", "--free", "0.05",
                   "--methods", "faiss,lucidrains VQ,SimVQ's expansion,cdist"])
@@ -112,22 +108,22 @@ def test_a_sweep_fits_exponents_and_names_who_is_faster(kernels, capsys):
     assert len(row["faster"]) == len(slower) and ("nobody" in shown) == (not slower)
 
 
-def test_exponents_of_an_exact_power_law(kernels):
+def test_exponents_of_an_exact_power_law():
     points = [(n, k, d, 3e-7 * n**0.9 * k**1.1 * d**0.5) for n in (10, 100) for k in (7, 70, 700) for d in (8, 16)]
-    assert kernels.fit(points) == pytest.approx({"n": 0.9, "k": 1.1, "d": 0.5, "r2": 1.0})
-    found = kernels.fit([(n, 7, 8, n**2.0) for n in (1, 10, 100)])
+    assert clock.fit(points) == pytest.approx({"n": 0.9, "k": 1.1, "d": 0.5, "r2": 1.0})
+    found = clock.fit([(n, 7, 8, n**2.0) for n in (1, 10, 100)])
     assert found == {"n": pytest.approx(2), "k": None, "d": None, "r2": pytest.approx(1)}
-    assert kernels.fit([(1, 1, 1, 5.0)]) == {"n": None, "k": None, "d": None, "r2": None}
+    assert clock.fit([(1, 1, 1, 5.0)]) == {"n": None, "k": None, "d": None, "r2": None}
     rough = [(n, 7, 8, n * (1 + 0.5 * (-1) ** i)) for i, n in enumerate((1, 2, 4, 8))]
-    assert kernels.fit(rough)["r2"] < 0.95
+    assert clock.fit(rough)["r2"] < 0.95
 
 
-def test_ratios_are_taken_round_by_round(kernels):
+def test_ratios_are_taken_round_by_round():
     seconds = {"base": [(1.0, 1.0, 0.0), (10.0, 1.0, 0.0), (2.0, 1.0, 0.0)],
                "other": [(2.0, 3.0, 0.5), (20.0, 3.0, 0.7), (4.0, 6.0, 0.6)]}
-    assert kernels.summarise(seconds, "base", 0)["other"] == pytest.approx(
+    assert clock.summarise(seconds, "base", 0)["other"] == pytest.approx(
         {"ms": 4000, "cpu_ms": 4000, "wall_ms": 3000, "system_ms": 600, "ratio": 2, "ratio_low": 2, "ratio_high": 2})
-    assert kernels.summarise(seconds, "base", 1)["other"]["ratio"] == 3
+    assert clock.summarise(seconds, "base", 1)["other"]["ratio"] == 3
 
 
 def test_all_dense_losses_are_the_same_loss(kernels, capsys):
@@ -140,8 +136,6 @@ def test_all_dense_losses_are_the_same_loss(kernels, capsys):
 
 
 def test_the_reference_of_the_loss_is_autograds():
-    import peers
-
     latents, vectors = (x.double() for x in peers.inputs("gauss", 30, 40, 6, 0, "cpu"))
     indices, codes = peers.nearest_in_float64(latents, vectors), vectors.clone().requires_grad_()
     loss = peers.dense(latents, codes, indices, 0.35)
@@ -152,8 +146,6 @@ def test_the_reference_of_the_loss_is_autograds():
 
 
 def test_memory_is_measured_in_a_process_of_its_own_or_computed(kernels):
-    import peers
-
     options = kernels.parse(["memory", "--free", "0.41"])
     expansion = kernels.needed(options, "search", "SimVQ's expansion", peers.search_methods("cpu")["SimVQ's expansion"],
                                (4096, 8192, 4))

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vqzoo import cli, hookspecs, sources
+from vqzoo import UserError, cli, hookspecs, sources
+from vqzoo.bench.suite import load_suite
 from vqzoo.recipe import load_recipe
 from vqzoo.testing import Subject
 from vqzoo.testing.suite import concerned, run_checks
@@ -41,10 +43,13 @@ SLOW = ("processes_stay_equal", "compiled_networks_train_alike", "a_run_goes_on_
 
 NUMBER = r"-?\d[\d,.]*(e-?\d+)?"
 
+sys.path.insert(0, str(DOCS))  # as for the script
 spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
 generate = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = generate
 spec.loader.exec_module(generate)
+
+tables = sys.modules["tables"]
 
 EXAMPLES = generate.examples()
 
@@ -114,6 +119,117 @@ def test_an_example_shows_the_hooks_that_it_says_and_keeps_the_contract(example,
     assert not failed
 
 
+# ---- the README's tables, from the files of results
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Return a copy of the folder of results that tables are made of."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    return shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
+
+
+def change(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+def test_a_number_of_the_readme_that_was_changed_by_hand_is_stale():
+    readme = (ROOT / "README.md").read_text()
+    assert generate.pages()[ROOT / "README.md"] == readme
+    for number in ("19.14 dB", "10.3 ± 2.3%", "18.65", "545 pairs", "11.30 ms", "166.24 ms", "168", "2.39"):
+        assert tables.rendered(readme.replace(number, "9", 1)) == readme, number
+
+
+def test_each_table_has_its_mark_and_its_lines_are_not_too_long():
+    readme = (ROOT / "README.md").read_text()
+    assert sorted(re.findall("<!-- table: (.*) -->", readme)) == sorted(tables.TABLES)
+    assert readme.count("<!-- end -->") == len(tables.TABLES)
+    for name, render in tables.TABLES.items():
+        assert all(len(line) <= 140 for line in render().splitlines() if not line.startswith("|")), name
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("<!-- table: nothing -->\n<!-- end -->", "'nothing'; it has photos128"),
+    ("<!-- table: photos128 -->\n", "<!-- table: photos128 --> has no <!-- end -->"),
+    ("<!-- table: photos128 -->\n<!-- table: compose -->\n<!-- end -->", "<!-- table: photos128 --> has no <!-- end -->"),
+])
+def test_a_mark_without_a_table_or_an_end_is_an_error_that_names_it(text, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        tables.rendered(text)
+
+
+def test_a_file_that_is_missing_or_broken_is_an_error_that_names_it(results):
+    file = results / "2026-11-23_photos128_cpu.jsonl"
+    file.write_text("{")
+    with pytest.raises(UserError, match=f"{file.name}: cannot be read"):
+        tables.rendered("<!-- table: photos128 --><!-- end -->")
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file.name}: no such file"):
+        tables.rendered("<!-- table: photos128 --><!-- end -->")
+
+
+@pytest.mark.parametrize(("name", "file", "old", "new", "shown"), [
+    ("photos128", "2026-11-23_photos128_cpu", '"psnr": 19.1413280044319', '"psnr": 12.345', "| 12.35 dB |"),
+    ("ablation", "2026-11-23_ablation_cpu", '"perplexity": 94.62822723388672', '"perplexity": 394.6', "182 ± 184 |"),
+    ("protocols", "2026-11-24_protocols_cpu", '"ssim": 0.43761049549351316', '"ssim": 0.1234', "| 0.123 |"),
+    ("compose", "2026-11-26_compose_cpu", '"trains": 451', '"trains": 450', " 450 train "),
+    ("kernels", "2026-11-26_kernels_time_h200", '"wrong": 87', '"wrong": 1234', "| 1,234 |"),
+    ("kernels_sizes", "2026-11-26_kernels_time_h200", '"ms": 1.9192479848861694', '"ms": 3.0', "3.00 ms (3.0)"),
+    ("kernels_check", "2026-11-26_kernels_check_h200", '"passed": true', '"passed": false', "1 failed"),
+    ("literature", "literature", '"rfid": 3.74', '"rfid": 3.75', "| 3.75 |"),
+])
+def test_a_number_of_a_table_is_the_files(name, file, old, new, shown, results):
+    assert shown not in " ".join(tables.TABLES[name]().split())
+    change(results / f"{file}.jsonl", old, new)
+    assert shown in " ".join(tables.TABLES[name]().split())
+
+
+def test_published_and_measured_numbers_never_share_a_column(results):
+    before = tables.literature().splitlines()
+    own = {"recipe": "paper/table1_nsvq", "data": "ImageNet 128x128", "metrics": {"codebook_size": 65536, "rfid": 2.5}}
+    others = [{**own, "recipe": "photos128_nsvq"}, {**own, "data": "photos128"}, {**own, "metrics": {"codebook_size": 8192}}]
+    (results / "2027-01-01_ours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (own, *others)))
+    after = tables.literature().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert changed == [(old, old.replace("not yet", "rfid 2.500")) for old, _ in changed] and len(changed) == 1
+    assert changed[0][0].startswith("| NSVQ |") and before[2].split("|")[4].strip() == "published rFID"
+
+
+def cells(variant, psnr, **more):
+    """Return the rows of a variant of the suite `quantizers`, one for each value of PSNR."""
+    return [{"suite": "quantizers", "variant": variant, "point": None, "seed": seed, "status": "finished",
+             "values": {"psnr": value, "usage": 0.5, "codebook_size": 1024}, **more} for seed, value in enumerate(psnr)]
+
+
+def test_what_a_suite_measured_becomes_a_table_with_intervals_and_verdicts(results):
+    (failed,) = cells("fsq", [0.0], status="failed", error="no")
+    rows = [*cells("simvq", [22.0, 22.2, 22.1]), *cells("vq", [20.0, 20.3, 20.1]), *cells("mine", [20.1, 20.2, 20.1]), failed]
+    (results / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = tables.suite("cells.jsonl", ["psnr", "usage"], "vq", "1,024 codes")()
+    head, _, *lines = [line.strip("| ").split(" | ") for line in shown.splitlines() if line.startswith("|")]
+    found = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+    difference = next(name for name in head if name.endswith(" to vq"))
+    assert list(found) == ["vq", "simvq", "fsq", "mine"] and "Alike in codebook size: 1,024." in shown
+    assert found["vq"] == {"variant": "vq", "seeds": "3", "PSNR ↑": "20.13 ± 0.38 dB", "usage ↑": "50.0%", difference: "–",
+                           "verdict": "baseline"}
+    assert found["simvq"]["PSNR ↑"] == "22.10 ± 0.25 dB" and found["simvq"][difference].startswith("+1.9")
+    assert [found[name]["verdict"] for name in ("simvq", "mine")] == ["better", "within noise"]
+    assert "1 failed, 2 not run" in found["fsq"]["seeds"] and found["fsq"]["PSNR ↑"] == "–"
+
+
+def test_what_a_suite_measured_under_several_conditions_or_without_its_baseline_is_no_table(results):
+    rows = [*cells("vq", [20.0], card={"protocol": "vqzoo"}), *cells("simvq", [22.0], card={"protocol": "taming"})]
+    (results / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="differ in protocol"):
+        tables.suite("cells.jsonl", ["psnr"], "vq")()
+    (results / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    with pytest.raises(UserError, match=r"cells\.jsonl: no row of the baseline 'simvq'"):
+        tables.suite("cells.jsonl", ["psnr"], "simvq")()
+    with pytest.raises(UserError, match="has no table 'wrong'; it has '1,024 codes'"):
+        tables.suite("cells.jsonl", ["psnr"], "vq", "wrong")()
+
+
 # ---- what runs, last, since `tiny_runs` makes the checks above slow
 
 
@@ -139,7 +255,7 @@ class Reader:
         name = self.write(content)
         assert name, "a recipe begins with the name of its file"
         with sources.also(files=[*map(str, self.folder.glob("*.py")), *(str(example.path) for example in EXAMPLES)]):
-            load_recipe(name)
+            (load_suite if "variants:" in content else load_recipe)(name)
 
     def write(self, content):
         """Write a block that is a file and return the file's name."""
@@ -205,7 +321,7 @@ class Reader:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_runs_from_top_to_bottom(page, tiny_runs, tmp_path, monkeypatch):
+def test_a_page_runs_from_top_to_bottom(page, tiny_runs, cells_here, tmp_path, monkeypatch):
     reader, found = Reader(tmp_path, monkeypatch), blocks(page)
     assert found or page.stem in ("README", "names")
     for number, (language, content, line) in enumerate(found):

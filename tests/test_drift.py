@@ -321,8 +321,6 @@ def test_the_toy_repeats_itself_and_drives_every_hook_of_a_method(laboratory, ti
     (["toy", "--methods", "vq+continuous"], "no indices"),
     (["toy", "codebook.width=3"], "2 coordinates"),
     (["toy", "--seeds", "0"], "--seeds"),
-    (["stress", "--scales", "fast"], "--scales"),
-    (["stress", "optim.scale={}"], "optim.scale"),
     (["toy", "seed=1"], "seed"),
     (["control", "codebook.sise=3"], "codebook.sise"),
     (["toy", "--out", "FULL"], "FULL"),
@@ -344,20 +342,6 @@ def test_a_missing_matplotlib_is_named_before_anything_runs(laboratory, monkeypa
 
 SMALL = ("epoch_steps=1", "data.resolution=[32,32]", "data.batch_size=4", "codebook.size=16", "codebook.width=8",
          "encoder.args.width=8", "decoder.args.width=8", "log.steps=1", "log.drift_images=2")
-
-
-def test_the_stress_test_reads_its_runs_from_tensorboard(laboratory, tiny_runs, small_photos, tmp_path):
-    out = tmp_path / "out"
-    words = ["stress", "--methods", "vq,vq+nsvq", "--seeds", "1", "--scales", "1,10", "--data", str(small_photos)]
-    assert laboratory.main([*words, "--out", str(out), "epochs=2", *SMALL]) == 0
-    found = rows(out)
-    assert [(row["method"], row["encoder_lr"]) for row in found] == [("vq", 1), ("vq", 10), ("vq+nsvq", 1), ("vq+nsvq", 10)]
-    for row in found:
-        run = curves(out / f"{row['method']}_x{row['encoder_lr']:g}_seed0")
-        assert row["drift"] == pytest.approx(run["drift/encoder_drift"][2]) and row["psnr"] == run["final/psnr"][2]
-        assert row["usage"] == run["codes/usage"][2] and row["churn"] == run["drift/assignment_churn"][2]
-    assert found[1]["drift"] > 2 * found[0]["drift"]  # the encoder alone is faster
-    assert (out / "stress.png").stat().st_size > 10_000
 
 
 def test_the_control_trains_from_the_centres_of_an_autoencoder(laboratory, tiny_runs, small_photos, tmp_path):

@@ -29,6 +29,14 @@ environment VQZOO_WEIGHTS, the folder of published weights; VQZOO_CACHE, that of
             VQZOO_OFFLINE=1 for no download at all
 """
 
+BENCH_HELP = """suites      quantizers     all plugins at as many codes, and at as many bits per token
+            codebook_size  usage, quality, time and memory over the number of codes
+            ablation       NSVQ's parts, one by one
+            drift          a faster and a slower encoder
+            compose        do all pairs of plugins train together, or say why not?
+            speed          time and memory of the codebook's part, beside other libraries, and of a whole step
+"""
+
 FAILURES = (DataError, LostError, NonFiniteError, OutOfMemory, PluginError, StorageError)
 """What ends a command with status 1 and needs no traceback to be understood."""
 
@@ -167,11 +175,24 @@ def _plugin_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     doctor.add_argument("recipe", nargs="?", help="also scan its data and train two steps of it, into nowhere")
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
 
-    bench = command("bench", _bench, "compare plugins")
-    bench.add_argument("suite", choices=("compose",), help="compose: do all pairs of plugins train together, or say why not?")
-    bench.add_argument("overrides", nargs="*", metavar="PLUGIN.key=value", help="such as perceptual.pretrained=false")
-    bench.add_argument("--plugins", metavar="A,B,...", help="these alone; by default all that are installed")
-    bench.add_argument("--json", metavar="FILE", help="also write the matrix to this file")
+    bench = command("bench", _bench, "compare plugins, by a suite: a YAML file or a shipped suite's name")
+    bench.epilog = BENCH_HELP
+    bench.formatter_class = argparse.RawDescriptionHelpFormatter
+    bench.add_argument("suite")
+    bench.add_argument("overrides", nargs="*", metavar="key=value", help="of every recipe; of a plugin's fields in compose")
+    bench.add_argument("--out", metavar="DIR", help="where it goes on if interrupted; by default runs/bench/SUITE")
+    bench.add_argument("--plugins", metavar="A,B+C,...", help="these variants alone; a name that the suite does not have is an "
+                       "installed plugin, or several joined by +, and takes part")
+    bench.add_argument("--data", metavar="DIR", help="a folder with train/ and val/: data.name=folder data.root=DIR")
+    bench.add_argument("--seeds", type=int, metavar="N", help="how many seeds, from 0; fewer than 3 give no interval")
+    bench.add_argument("--steps", type=int, metavar="N", help="the steps of every run, for the suite's own budget")
+    bench.add_argument("--seconds", type=float, metavar="S", help="as many steps for each run as take so long on this device")
+    bench.add_argument("--quick", action="store_true", help="the short form, of 15 minutes on 2 cores; says what it omits")
+    bench.add_argument("--jobs", type=int, metavar="N", help="runs at a time; by default one per GPU, or one per core")
+    bench.add_argument("--also", action="append", default=[], metavar="RESULTS.jsonl", help="show these results beside")
+    bench.add_argument("--mixed", action="store_true", help="allow a table of several protocols, data, budgets or machines, "
+                       "and mark them")
+    bench.add_argument("--json", metavar="FILE", help="compose: also write the matrix to this file")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -337,9 +358,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from vqzoo.bench import compose
+    from vqzoo.bench import bench
 
-    return compose(options)
+    return bench(options)
 
 
 def _plugins(options: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,19 @@ from torch import Tensor, nn
 from vqzoo.errors import MissingWeights, UserError, suggestion
 from vqzoo.weights import refuse_bomb
 
-__all__ = ["Encoder", "make_decoder", "make_timm_model", "normalisation"]
+__all__ = ["Encoder", "drawn_apart", "make_decoder", "make_timm_model", "normalisation"]
 
 BATCH_NORMS = ("train", "frozen", "sync")
 CHANNELS = 3  # of every image: red, green, blue
+
+
+@contextmanager
+def drawn_apart() -> Iterator[None]:
+    """Draw what is initialised in this block from a seed of its own: what follows it depends on the seed before it alone."""
+    seed = int(torch.randint(2**62, ()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 class Encoder(nn.Module):
@@ -392,7 +402,9 @@ class ConvDecoder(nn.Module):
                 f"{stride}; mult needs one entry more than the halvings that remain after patch"
             )
         deepest = widths[-1]
-        self.conv_in = nn.Sequential(_conv3(latent_width, deepest), *_res_blocks(deepest, deepest, blocks))
+        with drawn_apart():
+            first = _conv3(latent_width, deepest)
+        self.conv_in = nn.Sequential(first, *_res_blocks(deepest, deepest, blocks))
         self.stages = nn.ModuleList()
         for level in reversed(range(len(widths))):
             before, out = widths[min(level + 1, len(widths) - 1)], widths[level]
@@ -435,7 +447,8 @@ class ViTDecoder(nn.Module):
         grad_checkpointing: bool = False,
     ):
         super().__init__()
-        self.embed = nn.Conv2d(latent_width, width, 1)
+        with drawn_apart():
+            self.embed = nn.Conv2d(latent_width, width, 1)
         self.position = nn.Parameter(trunc_normal_(torch.empty(1, width, *grid), std=0.02))
         self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width)

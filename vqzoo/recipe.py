@@ -181,14 +181,20 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"recipe {name!r}: no such file, and no shipped recipe of that name; {suggestion(name, recipes)}")
 
 
-def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(name: str, overrides: list[str] | None = None, over: dict[str, dict] | None = None) -> Recipe:
     """Read a recipe and what it extends, apply `key=value` overrides (`stages[0].epochs=3` too), and check it all.
+
+    `over` holds what is laid over the file, one after the other and before the overrides, as if each extended the one before;
+    its keys are the names by which a message calls them.
 
     `extends: NAME` in a file puts another recipe below it, a path relative to that file or a shipped recipe's name: mappings
     are joined key by key, the base's keys first, anything else is replaced, lists too, and `key: null` takes back what the
     base says of the key. Raises UserError naming the file and the full key.
     """
     files = _files(find_recipe(name))
+    for place, content in (over or {}).items():
+        refuse_resolvers(content, place)
+        files[Path(place)] = content
     raw = _joined(files)
     for override in overrides or []:
         _override(raw, override)
@@ -216,7 +222,7 @@ def _typed(raw: DictConfig) -> Recipe:
     for plugin in list(raw.plugins):
         raw.plugins[plugin] = {} if raw.plugins[plugin] is None else raw.plugins[plugin]
         schema.plugins[plugin] = OmegaConf.structured(find(str(plugin)).load().Config)
-    _check_keys(raw, schema)
+    check_keys(raw, schema)
     merged = OmegaConf.merge(schema, raw)
     for plugin, config in merged.plugins.items():
         try:
@@ -338,7 +344,7 @@ def parse_overrides(overrides: list[str], schema: DictConfig) -> DictConfig:
     raw = OmegaConf.create({})
     for override in overrides:
         _override(raw, override)
-    _check_keys(raw, schema)
+    check_keys(raw, schema)
     return raw
 
 
@@ -368,7 +374,7 @@ def _check_index(raw: DictConfig, key: str, override: str) -> None:
         raise UserError(f"override {override!r}: {item[1]}: the recipe sets no such list; set it whole, as in {item[1]}=[...]")
 
 
-def _check_keys(raw: Any, schema: Any, where: str = "") -> None:
+def check_keys(raw: Any, schema: Any, where: str = "") -> None:
     """Refuse keys that the dataclasses do not have, with the full key and the nearest one, and what is no list or mapping."""
     if _shape(schema) != _shape(raw) and _shape(schema):
         raise UserError(f"{where}: {plain(raw)!r} where {_shape(schema)} is expected")
@@ -381,7 +387,7 @@ def _check_keys(raw: Any, schema: Any, where: str = "") -> None:
         full = f"{where}.{key}" if where else str(key)
         if key in schema.keys():  # noqa: SIM118 - `in schema` does not know a field without a default
             if not any(OmegaConf.is_missing(one, key) for one in (raw, schema)) and not OmegaConf.is_interpolation(raw, key):
-                _check_keys(raw[key], schema[key], full)
+                check_keys(raw[key], schema[key], full)
         elif is_dataclass(OmegaConf.get_type(schema)):
             choices = [*map(str, schema), *(["extends"] if "stages" in schema else [])]
             hint = f"it is {RENAMED[full]} now" if full in RENAMED else suggestion(str(key), choices)
@@ -391,7 +397,7 @@ def _check_keys(raw: Any, schema: Any, where: str = "") -> None:
 def _check_stage(stages: ListConfig, number: int) -> None:
     """Check one stage by itself, since OmegaConf's own message does not say which it was."""
     where, schema = f"stages[{number}]", OmegaConf.structured(StageConfig)
-    _check_keys(stages[number], schema, where)
+    check_keys(stages[number], schema, where)
     try:
         OmegaConf.merge(schema, stages[number])
     except OmegaConfBaseException as error:

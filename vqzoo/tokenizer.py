@@ -35,7 +35,7 @@ from vqzoo.files import write_tensors, write_text
 from vqzoo.hookspecs import ONCE
 from vqzoo.instance import make_plugin
 from vqzoo.manager import Hooks, make_manager
-from vqzoo.networks import Encoder, make_decoder
+from vqzoo.networks import Encoder, drawn_apart, make_decoder
 from vqzoo.plugin import Progress, Quantized
 from vqzoo.recipe import (
     CodebookConfig,
@@ -94,20 +94,22 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self._compiled: dict[str, Callable] = {}
-        try:
-            self.plugins = nn.ModuleDict({name: make_plugin(name, c) for name, c in config.plugins.items()})
-        except KeyError as error:
-            raise UserError(f"plugins: a plugin cannot have this name: {error}") from error
+        # Each part draws apart, so that recipes of one seed have the same networks whatever their codebooks and plugins draw.
+        with drawn_apart():
+            try:
+                self.plugins = nn.ModuleDict({name: make_plugin(name, c) for name, c in config.plugins.items()})
+            except KeyError as error:
+                raise UserError(f"plugins: a plugin cannot have this name: {error}") from error
         self._wire(dict(config.hooks), {}, tuple(serve))
-        self.codebook = self._make_codebook(config.codebook)
-        encoder = config.encoder
-        self.encoder = Encoder(
-            encoder.name, self.codebook.encoder_width, encoder.stride, tuple(config.resolution),
-            encoder.pretrained, encoder.args, encoder.batch_norm,
-        )
-        self.decoder = make_decoder(
-            config.decoder.name, self.codebook.decoder_width, encoder.stride, tuple(config.resolution), config.decoder.args
-        )
+        with drawn_apart():
+            self.codebook = self._make_codebook(config.codebook)
+        encoder, resolution = config.encoder, tuple(config.resolution)
+        with drawn_apart():
+            self.encoder = Encoder(encoder.name, self.codebook.encoder_width, encoder.stride, resolution, encoder.pretrained,
+                                   encoder.args, encoder.batch_norm)
+        with drawn_apart():
+            self.decoder = make_decoder(config.decoder.name, self.codebook.decoder_width, encoder.stride, resolution,
+                                        config.decoder.args)
         self._trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         self._frozen: list[str] = []
 

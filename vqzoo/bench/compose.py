@@ -4,6 +4,7 @@ import argparse
 import gc
 import io
 import itertools
+import json
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vqzoo import hookspecs
+from vqzoo.bench.suite import Suite
 from vqzoo.data import DataConfig
 from vqzoo.errors import Interrupted, MissingWeights, UserError, suggestion
 from vqzoo.evaluation import EvaluateConfig
@@ -111,15 +113,19 @@ class Cell:
     seconds: float = 0.0
 
 
-def compose(options: argparse.Namespace) -> int:
+def compose(suite: Suite, options: argparse.Namespace) -> int:
     """Print the matrix of all pairs and return the exit status: 1 if one of them is a surprise."""
-    fields, unusable = _chosen(options.plugins, options.overrides)
+    names = options.plugins or ",".join(suite.variants) or None
+    given = [f"{name}.{key}={json.dumps(value)}" for name, fields in suite.config.fields.items()
+             for key, value in fields.items() if not names or name in names.split(",")]
+    fields, unusable = _chosen(names, [*given, *options.overrides])
     for name, reason in unusable.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
     began = time.monotonic()
+    kept = Kept(Path(options.out) if options.out else None, {"seed": SEED, "versions": versions([*fields]), "fields": fields})
     with _quiet(), also(classes={REFERENCE: Reference, FRAME: Frame}):
         matrix = Matrix(fields)
-        cells = list(_told(matrix.cells(), len(matrix.pairs)))
+        cells = list(_told(matrix.cells(kept), len(matrix.pairs)))
     print(rendered(matrix.providers, cells, time.monotonic() - began, shutil.get_terminal_size((140, 40)).columns))
     if options.json:
         content = {"seed": SEED, "versions": versions([*fields]), "left_out": unusable, "fields": fields,
@@ -130,6 +136,33 @@ def compose(options: argparse.Namespace) -> int:
         except OSError as error:
             raise UserError(f"--json: {options.json} cannot be written: {error}") from error
     return int(any(cell.outcome == SURPRISE for cell in cells))
+
+
+class Kept:
+    """The cells of a folder's results.jsonl, tried as they would be now; nothing is kept without a folder."""
+
+    def __init__(self, out: Path | None, made: dict[str, Any]):
+        self.file, self.made = out and out / "results.jsonl", to_json(made)
+        self.cells: dict[tuple[Provider, Provider], Cell] = {}
+        if out is None:
+            return
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            for line in lines:
+                row = json.loads(line)
+                if to_json(row.pop("made")) == self.made:
+                    cell = Cell(Provider(**row.pop("one")), Provider(**row.pop("other")), **row)
+                    self.cells[cell.one, cell.other] = cell
+        except OSError as error:
+            raise UserError(f"--out: {out} cannot be used: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.file}: not what `vqzoo bench compose` writes: {error!r}; name another folder") from error
+
+    def add(self, cell: Cell) -> None:
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"made": json.loads(self.made), **asdict(cell)}) + "\n")
 
 
 # What is tried
@@ -168,9 +201,12 @@ class Matrix:
         self.pairs = [pair for pair in itertools.combinations(self.providers, 2) if _compatible(*pair)]
         self.sizes: dict[str, int] = {}
 
-    def cells(self) -> Iterator[Cell]:
-        """Try one pair after the other."""
+    def cells(self, kept: Kept) -> Iterator[Cell]:
+        """Try one pair after the other that is not kept already."""
         for pair in self.pairs:
+            if pair in kept.cells:
+                yield kept.cells[pair]
+                continue
             began = time.monotonic()
             cell = Cell(*pair)
             with _outcome(cell):
@@ -178,6 +214,7 @@ class Matrix:
                 cell.plugins, cell.hooks, cell.codes = recipe.plugins, recipe.hooks, recipe.codebook.size
                 _train(recipe, cell)
             cell.seconds = round(time.monotonic() - began, 3)
+            kept.add(cell)
             yield cell
 
     def recipe(self, pair: Iterable[Provider]) -> Recipe:
@@ -280,7 +317,7 @@ def _outcome(cell: Cell) -> Iterator[None]:
     except Enough:
         return
     except Interrupted as error:
-        raise Interrupted("a signal; the matrix is shown when all pairs have been tried, and nothing of it is kept before",
+        raise Interrupted("a signal; the matrix is shown when all pairs have been tried; with --out, those tried are kept",
                           error.status - 128) from error
     except UserError as error:
         _note(cell, REFUSED if cell.when != "training" else SURPRISE, error)

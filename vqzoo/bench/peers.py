@@ -4,19 +4,22 @@ Each form is written anew from what is known of it; the packages are called as t
 need not be timed, and returns the call that is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vqzoo.bench.clock import RATIOS, Conditions, clock, number, paired, summarise, table
 from vqzoo.ops import nearest_codes, nonstationary_loss
 
 Call = Callable[[], Tensor | None]
+Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ MODULES = {"faiss-cpu": "faiss", "vector-quantize-pytorch": "vector_quantize_pyt
 """Where the packages of the extra `bench` are imported from."""
 
 OURS = "vqzoo"
+AGAIN = f"{OURS} again"
 TILINGS = {"cpu": ((256, 0), (256, 4096), (512, 1024), (4096, 4096)), "cuda": ((4096, 0), (16384, 16384))}
 """Rows and columns of the scores that a bare matrix product fills at a time; 0 is all of them."""
 
@@ -81,7 +85,7 @@ def _given(how: dict[str, str | None]) -> dict[str, str]:
     return {key: value for key, value in how.items() if value is not None}
 
 
-# ---- searches: maker(latents [N, D], vectors [K, D]) → call() → indices [N], or None of a bare matrix product
+# Searches: maker(latents [N, D], vectors [K, D]) → call() → indices [N], or None of a bare matrix product
 
 
 def _search_ours(how: dict[str, str | None], latents: Tensor, vectors: Tensor) -> Call:
@@ -148,7 +152,33 @@ def _search_faiss(latents: Tensor, vectors: Tensor) -> Call:
     return lambda: torch.from_numpy(faiss.knn(latents.numpy(), vectors.numpy(), 1)[1][:, 0])
 
 
-# ---- dense losses: maker(latents, vectors, indices [N], temperature) → call() → (loss [], gradient to vectors [K, D])
+# Quantizers as modules: maker(features [B, D, h, w], K) → module in training → quantized [B, D, h, w], indices, loss
+
+
+def quantizers() -> dict[str, Method]:
+    """Return quantizers that train, by name, set to the decay, the weights and the estimator that the zoo's plugins have."""
+    return {
+        "lucidrains VQ, EMA": Method(_lucidrains_ema, lambda n, k, d: 24 * n * k, "vector-quantize-pytorch"),
+        "lucidrains SimVQ": Method(_lucidrains_simvq, lambda n, k, d: 4.4 * n * k, "vector-quantize-pytorch"),
+    }
+
+
+def _lucidrains_ema(features: Tensor, size: int) -> nn.Module:
+    from vector_quantize_pytorch import VectorQuantize
+
+    module = VectorQuantize(features.shape[1], size, decay=0.99, commitment_weight=0.25, rotation_trick=False,
+                            accept_image_fmap=True)
+    return module.to(features.device).train()
+
+
+def _lucidrains_simvq(features: Tensor, size: int) -> nn.Module:
+    from vector_quantize_pytorch import SimVQ
+
+    width = features.shape[1]
+    return SimVQ(width, size, nn.Linear(width, width), channel_first=True, rotation_trick=False).to(features.device).train()
+
+
+# Dense losses: maker(latents, vectors, indices [N], temperature) → call() → (loss [], gradient to vectors [K, D])
 
 
 def _loss(function: Callable, latents: Tensor, vectors: Tensor, indices: Tensor, temperature: float) -> Call:
@@ -222,7 +252,7 @@ def older_differences(latents: Tensor, vectors: Tensor, indices: Tensor, tempera
     return loss / len(latents)
 
 
-# ---- inputs, and the truth about them in float64
+# Inputs, and the truth about them in float64
 
 DATA = ("gauss", "trained", "unit", "vqgan", "offset")
 
@@ -281,3 +311,85 @@ def loss_in_float64(
 def relative_error(found: Tensor, true: Tensor) -> float:
     """Return ‖found - true‖ / ‖true‖."""
     return float((found.double() - true).norm() / true.norm())
+
+
+# All of them at one size
+
+
+@torch.no_grad()
+def search_cell(how: Conditions, methods: dict[str, Method], n: int, k: int, d: int, data: str) -> Cell:
+    """Time searches at one size and count their flips."""
+    latents, vectors = inputs(data, n, k, d, how.seed, how.device)
+    nearest = nearest_in_float64(latents, vectors)
+
+    def judge(indices: Tensor) -> dict[str, float]:
+        return {"flips": flips(indices, nearest, latents, vectors)}
+
+    return _cell(how, methods, (n, k, d, data), judge, latents, vectors)
+
+
+def loss_cell(how: Conditions, methods: dict[str, Method], temperature: float, n: int, k: int, d: int, data: str) -> Cell:
+    """Time dense losses with their gradients at one size, and measure both errors."""
+    latents, vectors = inputs(data, n, k, d, how.seed, how.device)
+    indices = nearest_in_float64(latents, vectors)
+    true = loss_in_float64(latents, vectors, indices, temperature)
+
+    def judge(found: tuple[Tensor, Tensor]) -> dict[str, float]:
+        errors = (relative_error(one, other) for one, other in zip(found, true, strict=True))
+        return dict(zip(("loss_error", "gradient_error"), errors, strict=True))
+
+    return _cell(how, methods, (n, k, d, data), judge, latents, vectors, indices, temperature)
+
+
+def _cell(how: Conditions, methods: dict[str, Method], size: tuple, judge: Callable, *arguments: Any) -> Cell:
+    """Time all methods that are there and fit, and judge what the first call of each returns."""
+    n, k, d, data = size
+    found = {name: {why: what} for name, method in methods.items() for why, what in obstacle(how, method, (n, k, d))}
+    calls = {name: method.make(*arguments) for name, method in methods.items() if name not in found}
+    judged = {name: judge(result) for name, call in calls.items() if (result := call()) is not None}
+    calls[AGAIN] = calls[OURS]
+    seconds = paired(calls, how.rounds, how.seed, partial(clock, how.device))
+    for name, figures in summarise(seconds, OURS, how.kind).items():
+        found[name] = {**figures, **judged.get(name, {})}
+    floor = min((name for name in seconds if "GEMM" in name), key=lambda name: found[name]["ms"], default=None)
+    own = None if floor is None else summarise(seconds, floor, how.kind)[OURS]
+    return {"n": n, "k": k, "d": d, "data": data, "rounds": len(seconds[OURS]), "floor": floor,
+            "to_floor": own and [own[key] for key in RATIOS],
+            "methods": {name: found[name] for name in (*methods, AGAIN)}}
+
+
+def obstacle(how: Conditions, method: Method, size: tuple[int, int, int]) -> Iterable[tuple[str, str]]:
+    """Yield why a method cannot run here, if so."""
+    if method.missing():
+        yield "missing", f"{method.package} is not installed"
+    elif how.device == "cuda" and not method.cuda:
+        yield "skipped", "it has no GPU"
+    elif (needs := method.bytes(*size)) > (free := how.available()):
+        yield "skipped", f"needs {needs / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+
+
+def rivals(cell: Cell) -> list[tuple[str, dict]]:
+    """Return the timed methods of a cell that are neither ours nor a bare matrix product."""
+    return [(name, found) for name, found in cell["methods"].items()
+            if "ms" in found and name not in (OURS, AGAIN) and "GEMM" not in name]
+
+
+def describe(cell: Cell, *judged: str) -> str:
+    """Lay one size out as a table, mark who is fast but not exact, and say how ours stands to its own matrix product."""
+    rows = []
+    for name, found in cell["methods"].items():
+        if "ms" not in found:
+            rows.append([name, *found.values()])
+            continue
+        spread = f"{found['ratio']:.3f} ({found['ratio_low']:.3f}-{found['ratio_high']:.3f})"
+        errors = [number(found.get(key), 0 if key == "flips" else None) for key in judged]
+        mark = "not exact" if found.get("flips") and found["ratio"] < 1 else ""
+        rows.append([name, number(found["cpu_ms"], 1), number(found["wall_ms"], 1), number(found["system_ms"], 1), spread,
+                     *errors, mark])
+    judged_by = (key.replace("_", " ") for key in judged)
+    head = ["method", "cpu ms", "wall ms", "system ms", "time / ours (5-95 %)", *judged_by, ""]
+    text = f"\nN={cell['n']} K={cell['k']} D={cell['d']} {cell['data']}\n{table(head, rows)}"
+    if cell["floor"]:
+        ratio, low, high = cell["to_floor"]
+        text += f"\nours / {cell['floor']}: {ratio:.3f} ({low:.3f}-{high:.3f})"
+    return text

@@ -1,0 +1,249 @@
+"""Suites: what a benchmark compares, as YAML checked against dataclasses before anything else happens."""
+
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vqzoo.errors import UserError, suggestion
+from vqzoo.recipe import check_keys, refuse_resolvers
+from vqzoo.sources import available
+
+KINDS = ("train", "compose", "speed")
+
+POINT = "at"
+"""The key of a variant that says what it changes at the points of the suite's axis."""
+
+BASE = "base"
+"""The key of a variant that stands on another recipe than the suite's."""
+
+
+@dataclass
+class GroupConfig:
+    """A table of the report: its variants, and the metric in which they are alike, if any."""
+
+    variants: list[str] = field(default_factory=list)
+    match: str | None = None
+
+
+@dataclass
+class BudgetConfig:
+    """What every cell may spend: steps, or seconds of training on the device that trains them."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class QuickConfig:
+    """The short form: what it leaves out, in words, and what of the suite it replaces; `recipe` is laid over the suite's."""
+
+    leaves_out: str = ""
+    variants: list[str] | None = None
+    points: list[str] | None = None
+    seeds: int | None = None
+    budget: BudgetConfig | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, list[int]] | None = None
+
+
+@dataclass
+class SuiteConfig:
+    """A suite's file.
+
+    A cell is a variant at a point of the axis with a seed. Over its recipe, `base`, is laid what `recipe`, the variant, the
+    point, and the variant's `at` of that point say, in this order, each as a recipe that extends another. `joins` is laid under
+    a plugin that `--plugins` adds by name. `columns` are the metrics shown, of the evaluation or of `curves`, the TensorBoard
+    scalars whose mean over the run is kept.
+    """
+
+    kind: str = "train"
+    about: str = ""
+    base: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, Any] = field(default_factory=dict)
+    joins: dict[str, Any] = field(default_factory=dict)
+    axis: str | None = None
+    points: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    baseline: str | None = None
+    seeds: int = 3
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    metrics: list[str] | None = None
+    protocol: str | None = None
+    columns: list[str] = field(default_factory=lambda: ["psnr", "ssim", "usage", "perplexity", "bits_per_token"])
+    curves: list[str] = field(default_factory=lambda: ["codes/usage"])
+    quality: str = "psnr"
+    fields: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+    quick: QuickConfig | None = None
+
+
+@dataclass
+class Suite:
+    """A suite as it is to be run: its file's content, with what the short form and the command line made of it."""
+
+    name: str
+    path: Path
+    config: SuiteConfig
+    variants: dict[str, dict]
+    points: dict[str, dict]
+    seeds: int
+    budget: BudgetConfig
+    laid: dict[str, dict]
+    sizes: dict[str, list[int]]
+    quick: str | None = None
+
+    def recipe_of(self, variant: str, point: str | None) -> tuple[str, dict[str, dict]]:
+        """Return the recipe that a cell stands on, and what is laid over it, by the names that messages give it."""
+        own = {key: value for key, value in self.variants[variant].items() if key not in (POINT, BASE)}
+        base = self.variants[variant].get(BASE, self.config.base)
+        beside = self.path.parent / base
+        laid = {**self.laid, f"variants.{variant}": own}
+        if point is not None:
+            laid[f"points.{point}"] = self.points[point]
+            laid[f"variants.{variant}.{POINT}.{point}"] = self.variants[variant].get(POINT, {}).get(point, {})
+        return (str(beside) if beside.is_file() else base,
+                {f"{self.path}: {place}": content for place, content in laid.items() if content})
+
+    @property
+    def baseline(self) -> str:
+        """Return the variant to which the others are compared: the suite's, or the first if that is not run."""
+        return self.config.baseline if self.config.baseline in self.variants else next(iter(self.variants))
+
+    def tables(self) -> dict[str, GroupConfig]:
+        """Return the report's tables, each with those of its variants that are run; one of all where the suite names none."""
+        found = {title: GroupConfig([name for name in group.variants if name in self.variants], group.match)
+                 for title, group in self.config.groups.items()}
+        known = {name for group in self.config.groups.values() for name in group.variants}
+        others = [name for name in self.variants if name not in known]
+        if not found:
+            return {"": GroupConfig(others)}
+        for group in found.values():  # who joins is compared with all
+            group.variants += others
+        return {title: group for title, group in found.items() if group.variants}
+
+
+def shipped() -> dict[str, Path]:
+    """Return the suites that come with vqzoo, by name."""
+    spec = find_spec("vqzoo_suites")
+    folders = [Path(path) for path in (spec.submodule_search_locations if spec else None) or []]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_suite(name: str, plugins: str | None = None, seeds: int | None = None, quick: bool = False,
+               budget: BudgetConfig | None = None) -> Suite:
+    """Read a suite by its path or a shipped one's name, in its short form or whole; a UserError names file and key.
+
+    `plugins` are the names, joined by commas, of the variants to keep; a name that the suite does not have is an installed
+    plugin, or several joined by +, and becomes a variant: the plugins with their defaults on what the suite's `joins` says.
+    """
+    path = _find(name)
+    config = _read(path)
+    short = config.quick if quick else None
+    if quick and short is None:
+        raise UserError(f"--quick: {path} has no short form; take the key=value that you need, and fewer --plugins")
+    variants = {key: value or {} for key, value in config.variants.items()}
+    if plugins is not None and config.kind != "compose":
+        names = [word.strip() for word in plugins.split(",") if word.strip()]
+        variants = {name: variants[name] if name in variants else _joining(config, name, variants) for name in names}
+        if not names:
+            raise UserError("--plugins: names none")
+    elif short and short.variants is not None:
+        variants = {name: variants.get(name, {}) for name in short.variants}
+    points = {str(key): value or {} for key, value in config.points.items()}
+    if short and short.points is not None:
+        points = {name: points[name] for name in short.points}
+    count = seeds if seeds is not None else short.seeds if short and short.seeds is not None else config.seeds
+    if count < 1:
+        raise UserError(f"seeds: {count} will not do; it must be at least 1")
+    budget = budget or (short.budget if short and short.budget else config.budget)
+    _check_budget("--steps or --seconds", budget)
+    return Suite(path.stem, path, config, variants, points, count, budget,
+                 {"recipe": config.recipe, "quick.recipe": short.recipe if short else {}},
+                 {**config.sizes, **((short.sizes or {}) if short else {})}, short.leaves_out if short else None)
+
+
+def _find(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    if name in shipped():
+        return shipped()[name]
+    raise UserError(f"suite {name!r}: no such file, and no shipped suite of that name; {suggestion(name, shipped())}")
+
+
+def _joining(config: SuiteConfig, name: str, variants: dict[str, Any]) -> dict[str, Any]:
+    """Return the variant of plugins that the suite does not name."""
+    for plugin in name.split("+"):
+        if plugin not in available():
+            choices = [*variants, *available()]
+            raise UserError(f"--plugins: {plugin!r} is neither a variant of the suite nor an installed plugin; "
+                            f"{suggestion(plugin, choices)}; a file's needs --plugin-file")
+    known = config.joins.get("plugins") or {}
+    return {**config.joins, "plugins": {**known, **{plugin: known.get(plugin, {}) for plugin in name.split("+")}}}
+
+
+def _read(path: Path) -> SuiteConfig:
+    try:
+        raw = OmegaConf.load(path)
+        content = OmegaConf.to_container(raw)
+    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read as plain YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a suite is a mapping of keys, not {type(content).__name__}")
+    refuse_resolvers(content, str(path))
+    content = {**content, **{key: {str(name): value for name, value in content[key].items()}
+                             for key in ("variants", "points") if isinstance(content.get(key), dict)}}
+    try:
+        raw = OmegaConf.create(content)
+        check_keys(raw, OmegaConf.structured(SuiteConfig))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SuiteConfig), raw))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    try:
+        _check(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config
+
+
+def _check(config: SuiteConfig) -> None:
+    if config.kind not in KINDS:
+        raise UserError(f"kind: {config.kind!r} is unknown; {suggestion(config.kind, KINDS)}")
+    for name, variant in config.variants.items():
+        if variant is not None and not isinstance(variant, dict):
+            raise UserError(f"variants.{name}: {variant!r} where keys of a recipe are expected")
+        own = {str(point): content or {} for point, content in ((variant or {}).get(POINT) or {}).items()}
+        for point in own:
+            if point not in config.points:
+                raise UserError(f"variants.{name}.{POINT}.{point}: no such point; {suggestion(point, config.points)}")
+        if own:
+            variant[POINT] = own
+    named = {f"groups.{title}.variants": group.variants for title, group in config.groups.items()}
+    named["baseline"] = [config.baseline] if config.baseline else []
+    if config.quick and config.kind != "compose":
+        named["quick.variants"] = config.quick.variants or []
+    for key, names in named.items():
+        for name in names:
+            if name not in config.variants:
+                raise UserError(f"{key}: there is no variant {name!r}; {suggestion(name, config.variants)}")
+    for name in (config.quick.points or []) if config.quick else []:
+        if name not in config.points:
+            raise UserError(f"quick.points: there is no point {name!r}; {suggestion(name, config.points)}")
+    _check_budget("budget", config.budget)
+    _check_budget("quick.budget", config.quick.budget if config.quick and config.quick.budget else BudgetConfig())
+
+
+def _check_budget(key: str, budget: BudgetConfig) -> None:
+    for part in fields(BudgetConfig):
+        value = getattr(budget, part.name)
+        if value is not None and not value > 0:
+            raise UserError(f"{key}: {part.name} {value!r} will not do; it must be more than 0")
+    if budget.steps is not None and budget.seconds is not None:
+        raise UserError(f"{key}: steps and seconds are two budgets; keep one")
