@@ -86,7 +86,8 @@ def test_every_installed_peer_finds_the_nearest_code():
 
 
 def test_a_peer_that_is_missing_or_too_large_is_named(kernels, capsys, monkeypatch):
-    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    for module in peers.MODULES.values():
+        monkeypatch.setitem(sys.modules, module, None)
     kernels.main(["search", "--n", "2000", "--k", "3000", "--d", "4", "--rounds", "1", "--free", "0.05",
                   "--methods", "faiss,lucidrains VQ,SimVQ's expansion,cdist"])
     shown = capsys.readouterr().out

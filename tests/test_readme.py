@@ -50,13 +50,18 @@ def test_the_plugin_of_the_readme_trains(tmp_path):
         assert vqzoo.Tokenizer.from_pretrained(tmp_path / "run").hooks.providers("quantize") == ["cosine"]
 
 
-def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, capsys, cells_here, small_photos):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "halves").symlink_to(small_photos)
+    (tmp_path / "base.yaml").write_text(TINY + "plugins: {pixel: {}}\n")
+    (tmp_path / "suite.yaml").write_text("base: base.yaml\njoins: {plugins: {vq: {}}}\nvariants: {vq: {plugins: {vq: {}}}}\n")
     (tmp_path / "tiny.yaml").write_text(TINY + "plugins: {vq: {}, nsvq: {}, pixel: {}}\n")
     (tmp_path / "cosine.py").write_text(next(block for block in blocks("python") if "hookimpl" in block))
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (40, 50), "teal").save(tmp_path / "photos" / "teal.png")
-    names = {"[RECIPE]": "tiny.yaml", "RECIPE": "tiny.yaml", "[key=value ...]": "seed=1", "[--out DIR]": "--out run",
+    names = {"bench SUITE [--quick] [--data DIR] [--plugins A,B] [--seeds N] [key=value ...] [--out DIR]":
+             "bench suite.yaml --data halves --plugins vq,ema --seeds 1 --out bench ema=0.5",
+             "[RECIPE]": "tiny.yaml", "RECIPE": "tiny.yaml", "[key=value ...]": "seed=1", "[--out DIR]": "--out run",
              "[--resume auto]": "--resume auto", "[--insist]": "",
              "[--json]": "--json", "RUN_OR_TOKENIZER_OR_FOLDER": "run", "RUN_OR_TOKENIZER": "run",
              "--data DIR": "--data photos",
@@ -67,12 +72,12 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch, ca
              "IMAGES...": "photos/teal.png", "--out DIR": "--out decoded",
              "check-plugin cosine": "check-plugin cosine --only indices_are_in_range",
              "check-plugin PLUGIN": "check-plugin vq --only indices_are_in_range",
-             "new-plugin NAME": "new-plugin mine", "[--plugins A,B]": "--plugins vq,pixel"}
+             "new-plugin NAME": "new-plugin mine", "compose [--plugins A,B]": "compose --plugins vq,pixel"}
     lines = commands("vqzoo ")
     lines = [line for line in lines if "fd.name" not in line]  # which needs a file of weights
     assert [line.split()[1] for line in lines] == [
         "check-plugin", "run", "new-plugin", "run", "check", "eval", "compare", "weights", "encode", "decode", "plugins",
-        "new-plugin", "check-plugin", "bench", "doctor"]
+        "new-plugin", "check-plugin", "bench", "bench", "doctor"]
     for line in lines:
         for placeholder, value in names.items():
             line = line.replace(placeholder, value)

@@ -686,8 +686,8 @@ FORBIDDEN = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "ru
 RUNNING = ("eval", "exec", "compile", "__import__")
 METHODS = ("extract", "extractall", "unpack_archive", "system", "popen", "load_state_dict_from_url", "unsafe_load",
            "register_for_checkpointing")
-MAY_IMPORT = {"sources.py", "__init__.py", "rank.py"}
-"""Where modules are imported by a name that is not written there: of plugins, installed or under test, and of vqzoo itself."""
+MAY_IMPORT = {"sources.py", "__init__.py", "rank.py", "peers.py"}
+"""Where modules are imported by a name that is not written there: of plugins, installed or under test, of vqzoo, of peers."""
 
 EXCEPTIONS = {"vqzoo/sources.py": {"sys.path"}, "vqzoo/bench/workers.py": {"subprocess"}, "vqzoo/testing/doors.py": {"pickle"},
               "vqzoo/testing/processes.py": {"subprocess", "sys.path"}, "vqzoo/testing/rank.py": {"sys.path"}}

@@ -1,7 +1,6 @@
 """The composition matrix: every two hooks of every two plugins are trained together, or somebody says why they cannot be."""
 
 import argparse
-import gc
 import io
 import itertools
 import json
@@ -19,10 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from vqzoo import hookspecs
+from vqzoo.bench.clock import quiet
 from vqzoo.bench.suite import Suite
 from vqzoo.data import DataConfig
 from vqzoo.errors import Interrupted, MissingWeights, UserError, suggestion
@@ -123,7 +122,7 @@ def compose(suite: Suite, options: argparse.Namespace) -> int:
         print(f"left out: {name}: {reason}", file=sys.stderr)
     began = time.monotonic()
     kept = Kept(Path(options.out) if options.out else None, {"seed": SEED, "versions": versions([*fields]), "fields": fields})
-    with _quiet(), also(classes={REFERENCE: Reference, FRAME: Frame}):
+    with quiet(), also(classes={REFERENCE: Reference, FRAME: Frame}):
         matrix = Matrix(fields)
         cells = list(_told(matrix.cells(kept), len(matrix.pairs)))
     print(rendered(matrix.providers, cells, time.monotonic() - began, shutil.get_terminal_size((140, 40)).columns))
@@ -355,20 +354,6 @@ def _limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Use one thread, more of which only hinder so small tensors, and keep what is loaded out of the collector's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        torch.set_num_threads(threads)
 
 
 def _told(cells: Iterator[Cell], count: int) -> Iterator[Cell]:

@@ -4,10 +4,10 @@ Each form is written anew from what is known of it; the packages are called as t
 need not be timed, and returns the call that is.
 """
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -35,8 +35,15 @@ class Method:
     cuda: bool = True
 
     def missing(self) -> str:
-        """Return the name of the package that is not installed, or nothing."""
-        return self.package if self.package and find_spec(MODULES[self.package]) is None else ""
+        """Say why the package cannot be used, or nothing."""
+        if not self.package:
+            return ""
+        try:
+            importlib.import_module(MODULES[self.package])
+        except ImportError as error:
+            absent = error.name == MODULES[self.package]
+            return f"{self.package} is not installed" if absent else f"{self.package} cannot be imported: {error}"
+        return ""
 
 
 MODULES = {"faiss-cpu": "faiss", "vector-quantize-pytorch": "vector_quantize_pytorch"}
@@ -360,8 +367,8 @@ def _cell(how: Conditions, methods: dict[str, Method], size: tuple, judge: Calla
 
 def obstacle(how: Conditions, method: Method, size: tuple[int, int, int]) -> Iterable[tuple[str, str]]:
     """Yield why a method cannot run here, if so."""
-    if method.missing():
-        yield "missing", f"{method.package} is not installed"
+    if said := method.missing():
+        yield "missing", said
     elif how.device == "cuda" and not method.cuda:
         yield "skipped", "it has no GPU"
     elif (needs := method.bytes(*size)) > (free := how.available()):

@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from vqzoo.bench import peers
@@ -43,6 +42,7 @@ from vqzoo.ops import use
 from vqzoo.pictures import Pictures
 from vqzoo.recipe import DecoderConfig, EncoderConfig, Recipe, load_recipe, plain, to_yaml, versions
 from vqzoo.sources import Source, also, available
+from vqzoo.testing.reference import picture
 from vqzoo.trainer import Trainer
 
 STEP, ENCODE = ("forward", "backward", "refresh"), "encode"
@@ -112,12 +112,12 @@ def noise(batch: int, resolution: Iterable[int], seed: int, device: str) -> Tens
 
 
 def at_hand(recipe: Recipe, folder: Path) -> Recipe:
-    """Return a recipe whose trainer opens a picture of noise in a folder, evaluates nothing and ends no epoch."""
+    """Return a recipe whose trainer opens a picture in a folder, evaluates nothing and ends no epoch."""
     height, width = recipe.data.resolution
     for split in ("train", "val"):
-        if not (file := folder / f"{width}x{height}" / split / "noise.png").exists():
+        if not (file := folder / f"{width}x{height}" / split / "picture.png").exists():
             file.parent.mkdir(parents=True)
-            Image.effect_noise((width, height), 100).convert("RGB").save(file)
+            picture(0, height, width).save(file)
     data = DataConfig("folder", root=str(file.parent.parent), resolution=[height, width], workers=0,
                       batch_size=max(1, recipe.data.batch_size // recipe.accumulate))
     return replace(recipe, epoch_steps=10**6, accumulate=1, shard=False, init_from=None, data=data, versions={},
@@ -178,9 +178,9 @@ class Quantizing:
     def backward(self) -> None:
         """Go back from the embedding losses and from the decoder's input."""
         with use(self.recipe.ops.backend, self.recipe.ops.precision):
-            roots = [(loss, None) for loss in self.output.losses.values()] + [(self.output.reconstructions, self.gradient)]
-            roots, gradients = zip(*[(root, gradient) for root, gradient in roots if root.requires_grad], strict=True)
-            torch.autograd.backward(roots, gradients)
+            roots = [*((loss, None) for loss in self.output.losses.values()), (self.output.reconstructions, self.gradient)]
+            roots = [(root, gradient) for root, gradient in roots if root.requires_grad]
+            torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
 
     def refresh(self) -> None:
         """Count the codes and let plugins change them."""
@@ -199,7 +199,7 @@ class Quantizing:
             parameter.grad = None
 
     def work(self) -> Work:
-        """Return the parts, each of which has been done once; those that there are: without indices nothing is encoded."""
+        """Return the parts, each of which has been done once; without indices nothing is encoded."""
         parts = {name: getattr(self, name) for name in STEP}
         made = Work(parts, self.reset)
         made.step()

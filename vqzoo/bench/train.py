@@ -174,7 +174,8 @@ class Bench:
         recipes = {name: recipes[name] for name in sorted(recipes, key=lambda name: name != base)}
         path = self.out / SPEED
         self.speed = json.loads(path.read_text()) if path.exists() else {}
-        if self.speed.get("hardware") == self.hardware and recipes.keys() <= self.speed["variants"].keys():
+        machine = {**self.hardware, "threads": 1, "jobs": 1}
+        if self.speed.get("hardware") == machine and recipes.keys() <= self.speed["variants"].keys():
             return
         self._say("timing the codebook's part of a step, all variants side by side")
         device = torch.device("cuda" if self.places.gpus else "cpu")
@@ -185,7 +186,7 @@ class Bench:
         except Exception as error:  # the cells stand without it
             self._say(f"the codebook's part cannot be timed: {error!r}")
             return
-        self.speed = {"hardware": self.hardware, "baseline": base, "variants": found}
+        self.speed = {"hardware": machine, "baseline": base, "variants": found}
         write_text(path, to_json(self.speed))
 
     # ---- telling
