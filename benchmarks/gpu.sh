@@ -34,7 +34,7 @@ peers() {
 }
 
 speed() {
-  python -m vqzoo bench speed --out "$OUT/speed" "$@"
+  python -m vqzoo bench speed --out "$OUT/speed" data.batch_size=256 codebook.width=128 "$@"
 }
 
 step() {
@@ -43,12 +43,18 @@ step() {
 }
 
 suite() {
-  local name=$1 run
+  local name=$1
   shift
   run=$(mktemp -d)
-  python -m vqzoo bench "$name" --data "$DATA" --out "$run" "$@" || echo "some of $name failed; see its results" >&2
-  cp "$run/results.jsonl" "$OUT/$name.jsonl"
-  cp "$run/report.html" "$OUT/$name.html"
+  trap 'keep "$name"' EXIT  # what is finished is kept if time runs out
+  python -m vqzoo bench "$name" --data "$DATA" --out "$run" "$@" || echo "some of $name is missing; see its results" >&2
+  trap - EXIT
+  keep "$name"
+}
+
+keep() {
+  cp "$run/results.jsonl" "$OUT/$1.jsonl"
+  cp "$run/report.html" "$OUT/$1.html"
 }
 
 headline() {
@@ -69,7 +75,7 @@ case "${1:-}" in
     for part in check kernels peers speed step; do "$part"; done
     for method in vq simvq nsvq simvq_nsvq; do
       headline --plugins "$method"
-      mv "$OUT/headline.jsonl" "$OUT/headline_$method.jsonl"
+      for end in jsonl html; do mv "$OUT/headline.$end" "$OUT/headline_$method.$end"; done
     done
     large
     ;;

@@ -298,6 +298,8 @@ def _laid(table: Table, titled: bool) -> list[str]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "quantizers": suite("2026-11-26_quantizers_cpu.jsonl", ["psnr", "ssim", "usage", "perplexity"], "vq", "10 bits per token"),
+    "quantizers_gpu": suite("2026-11-26_quantizers_h200.jsonl", ["psnr", "ssim", "usage", "perplexity"], "vq", "1,024 codes"),
     "photos128": photos128,
     "ablation": ablation,
     "protocols": protocols,

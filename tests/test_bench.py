@@ -1,5 +1,6 @@
 """Suites that train: what they refuse, what they run again and what not, and that all variants begin alike."""
 
+import hashlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,12 +84,12 @@ def rows(out):
 
 
 @pytest.mark.parametrize(("name", "quick"), [(name, True) for name in sorted(shipped())] + [("quantizers", False)])
-def test_every_cell_of_a_shipped_suite_has_a_recipe(name, quick, tmp_path):
+def test_every_cell_of_a_shipped_suite_has_a_recipe(name, quick, small_photos, tmp_path):
     suite = load_suite(name, quick=quick)
     assert load_suite(name).quick is None
     assert suite.config.about and (suite.quick is None) == (not quick)
     if suite.config.kind == "train":
-        cells = plan(suite, [], None, tmp_path, {})
+        cells = plan(suite, [], str(small_photos), tmp_path, {})
         assert len(cells) == len(suite.variants) * max(1, len(suite.points)) * suite.seeds
         assert len({cell.folder for cell in cells}) == len(cells)
         for title, table in suite.tables().items():
@@ -120,6 +122,13 @@ def test_the_suite_of_quantizers_has_every_plugin_that_serves_a_codebook(tmp_pat
     ("quick: {points: [big]}", "quick.points"),
     ("base: '${oc.env:HOME}'", "not allowed"),
     ("base: nowhere.yaml", "nowhere.yaml"),
+    ("variants: {}", "variants: names none"),
+    ("variants: {vq: {base: 3}}", "variants.vq.base"),
+    ("variants: {vq: {seed: 3}}", "variants.vq.seed"),
+    ("variants: {vq: {at: 3}}", "variants.vq.at"),
+    ("points: {a: 3}", "points.a"),
+    ("joins: {plugins: [vq]}", "joins.plugins"),
+    ("quality: pnsr", "quality: 'pnsr' is not measured"),
     ("variants: {vq: {plugins: {vq: {weigth: 3}}}}", "variants.vq"),
     ("budget: {steps: 3}", "3 steps do not divide into the 2 epochs"),
     ("metrics: [psnrr]", "psnrr"),
@@ -152,6 +161,9 @@ def test_a_mistake_in_a_suite_is_named_before_anything_runs(suite, tmp_path, cap
     (["--also", "nowhere.jsonl"], "nowhere.jsonl"),
     (["codebook.sise=3"], "codebook.sise"),
     (["--json", "x"], "--json"),
+    (["--jobs", "0"], "--jobs"),
+    (["--baseline", "nope"], "--baseline: 'nope'"),
+    (["--seconds", "inf"], "finite"),
 ])
 def test_a_mistake_on_the_command_line_is_named(suite, tmp_path, capsys, words, named):
     assert bench(suite, "--out", tmp_path / "out", *words) == 2
@@ -213,6 +225,7 @@ def test_a_suite_runs_is_not_run_again_and_takes_in_who_joins(suite, here, tmp_p
     assert "1 of 2 cells are done already" in again.err and before == (out / "cells" / "vq-0" / "log.txt").stat().st_mtime_ns
     assert set(rows(out)) == {("vq", 0), ("simvq", 0), ("mine", 0)}
     assert all(name in again.out and name in (out / "report.md").read_text() for name in ("simvq", "mine"))
+    assert bench(suite, "--out", out, "--baseline", "simvq") == 0 and "difference to simvq" in capsys.readouterr().out
     assert rows(out)["mine", 0]["recipe"]["plugins"].keys() == {"pixel", "vq", "mine"}
     assert bench(suite, "--out", out, "optim.lr=0.5") == 2  # another recipe
     assert "optim.lr" in capsys.readouterr().err
@@ -227,9 +240,44 @@ def test_a_cell_that_fails_is_shown_and_stops_no_other(suite, here, tmp_path, ca
     assert "FAILED" in said.err and "at odds" in said.out
     assert rows(out)["faulty", 0]["status"] == "failed" and rows(out)["vq", 0]["status"] == "finished"
     assert "at odds" in rows(out)["faulty", 0]["error"] and "at odds" in (out / "report.md").read_text()
-    (tmp_path / "faulty.py").write_text(MINE.replace("Mine", "Faulty"))  # mended, and tried again
-    assert bench(suite, "--out", out, "--plugins", "faulty,vq", "--plugin-file", tmp_path / "faulty.py") == 0
-    assert rows(out)["faulty", 0]["status"] == "finished"
+    # Mended, it goes on; and what is changed once more runs again, since its results are of other code.
+    for text in (MINE.replace("Mine", "Faulty"), MINE.replace("Mine", "Faulty") + "# changed"):
+        (tmp_path / "faulty.py").write_text(text)
+        assert bench(suite, "--out", out, "--plugins", "faulty,vq", "--plugin-file", tmp_path / "faulty.py") == 0
+        version = hashlib.sha256(text.encode()).hexdigest()[:12]
+        assert version in rows(out)["faulty", 0]["versions"]["plugin faulty"] and rows(out)["faulty", 0]["status"] == "finished"
+    assert "its plugin has changed, so it runs again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["optim.lr=0.5"], ["evaluate.images=2"], ["--data", "OTHER"], ["log.steps=1"]])
+def test_a_result_that_was_made_otherwise_is_not_shown_as_this_one(suite, here, small_photos, tmp_path, capsys, words):
+    (tmp_path / "other").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "other" / split).symlink_to(small_photos / split)
+    (tmp_path / "fewer").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "fewer" / split).mkdir()
+        for file in sorted((small_photos / split).iterdir())[: 12 if split == "train" else None]:
+            (tmp_path / "fewer" / split / file.name).symlink_to(file)
+    given = ["--data", tmp_path / "other"] if "OTHER" in words else []
+    assert bench(suite, "--out", tmp_path / "out", "--plugins", "vq", *given) == 0
+    words = [tmp_path / "fewer" if word == "OTHER" else word for word in words]
+    assert bench(suite, "--out", tmp_path / "out", *words) == 2
+    assert "vq, seed 0 was made otherwise" in capsys.readouterr().err and set(rows(tmp_path / "out")) == {("vq", 0)}
+
+
+def test_results_beside_which_others_were_trained_otherwise_are_refused(suite, here, tmp_path, capsys):
+    assert bench(suite, "--out", tmp_path / "a", "--plugins", "vq", "optim.lr=0.5") == 0
+    assert bench(suite, "--out", tmp_path / "b", "--plugins", "simvq", "--also", tmp_path / "a") == 2
+    assert "--also: vq was trained otherwise" in capsys.readouterr().err
+    assert bench(suite, "--out", tmp_path / "b", "--plugins", "simvq", "--also", tmp_path / "a", "--mixed") == 0
+
+
+def test_two_cells_do_not_share_a_folder(suite, tmp_path, capsys):
+    text = SUITE.replace("simvq: {plugins: {simvq: {}}}", "vq-1: {plugins: {simvq: {}}}").replace("[vq, simvq]", "[vq]")
+    suite.write_text(text + "axis: x\npoints: {2: {}, 1-2: {}}\n")
+    assert bench(suite, "--out", tmp_path / "out") == 2
+    assert "would share the folder vq-1-2-0" in capsys.readouterr().err
 
 
 def test_an_interrupted_suite_saves_and_goes_on(suite, tmp_path):
@@ -264,7 +312,7 @@ def test_another_machines_cells_are_refused_or_marked(suite, here, tmp_path, cap
     assert "another" in (other / "report.md").read_text()
 
 
-def test_a_budget_of_seconds_becomes_steps_that_are_measured_once(suite, here, monkeypatch, tmp_path):
+def test_a_budget_of_seconds_becomes_steps_that_are_timed_once_for_a_recipe(suite, here, monkeypatch, tmp_path):
     timed = []
     monkeypatch.setattr(train.Bench, "_step_seconds", lambda self, cell: timed.append(cell.variant) or
                         {"vq": 0.5, "simvq": 1.0}[cell.variant])
@@ -274,14 +322,30 @@ def test_a_budget_of_seconds_becomes_steps_that_are_measured_once(suite, here, m
     found = rows(tmp_path / "out")
     assert (found["vq", 0]["values"]["steps"], found["simvq", 0]["values"]["steps"]) == (8, 4)
     assert found["vq", 0]["budget"]["seconds"] == 4
+    assert bench(suite, "--out", tmp_path / "out", "--seconds", "8") == 2  # 16 steps are not 8, and were timed already
+    assert bench(suite, "--out", tmp_path / "other", "--seconds", "8", "optim.lr=0.5", "--plugins", "vq") == 0
+    assert timed == ["vq", "simvq", "vq"]
+
+
+def test_one_whose_steps_cannot_be_timed_is_a_failed_cell(suite, here, monkeypatch, tmp_path, capsys):
+    def seconds(self, cell):
+        if cell.variant == "vq":
+            raise train.Failed("at odds")
+        return 1.0
+
+    monkeypatch.setattr(train.Bench, "_step_seconds", seconds)
+    assert bench(suite, "--out", tmp_path / "out", "--seconds", "4") == 1
+    found = rows(tmp_path / "out")
+    assert (found["vq", 0]["status"], found["vq", 0]["error"], found["simvq", 0]["status"]) == ("failed", "at odds", "finished")
+    assert "at odds" in capsys.readouterr().out
 
 
 def test_steps_are_timed_by_two_runs(suite, here, tmp_path):
-    from types import SimpleNamespace
-
-    options = SimpleNamespace(jobs=1, overrides=[], data=None, also=[], mixed=False, plugin_file=[], out=None)
-    bench = train.Bench(load_suite(str(suite), "vq"), options, tmp_path / "out")
-    assert 1e-4 <= bench._step_seconds(bench.cells[0]) < 5
+    options = SimpleNamespace(overrides=[], data=None, also=[], mixed=False, plugin_file=[])
+    chosen = load_suite(str(suite), "vq")
+    (cell,) = plan(chosen, [], None, tmp_path / "out", {})
+    seconds = train.Bench(chosen, options, tmp_path / "out", [cell], workers.Places(2, 1, []))._step_seconds(cell)
+    assert 1e-4 <= seconds < 5
 
 
 def test_a_folder_of_another_suite_or_in_use_is_refused(suite, here, tmp_path, capsys):

@@ -17,9 +17,10 @@ TINY = ["epochs=2", "data.batch_size=2", "data.resolution=[32,32]", "data.worker
         "log.images=2"]
 
 
-def test_methods_are_compared_at_the_papers_size(tmp_path):
+def test_methods_are_compared_at_the_papers_size(small_photos, tmp_path):
     for quick, width, steps in ((False, 128, 2100), (True, 64, 1050)):
-        recipes = {cell.variant: cell.recipe for cell in plan(load_suite("headline", quick=quick), [], None, tmp_path, {})}
+        cells = plan(load_suite("headline", quick=quick, seeds=1), [], str(small_photos), tmp_path, {})
+        recipes = {cell.variant: cell.recipe for cell in cells}
         assert list(recipes) == ["vq", "simvq", "nsvq", "simvq_nsvq"]
         for method, recipe in recipes.items():
             assert (recipe.codebook.size, recipe.codebook.width, recipe.encoder.args["width"]) == (65536, 128, width)
@@ -28,9 +29,9 @@ def test_methods_are_compared_at_the_papers_size(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["vq", "simvq", "nsvq", "simvq_nsvq"])
-def test_every_stage_of_a_method_wires(variant, tmp_path):
+def test_every_stage_of_a_method_wires(variant, small_photos, tmp_path):
     words = [word for word in TINY if not word.startswith("epochs")]
-    (cell,) = plan(load_suite("headline", variant, seeds=1), words, None, tmp_path, {})
+    (cell,) = plan(load_suite("headline", variant, seeds=1), words, str(small_photos), tmp_path, {})
     tokenizer = build(cell.recipe)
     for number in range(len(cell.recipe.stages)):
         enter(tokenizer, cell.recipe, number)

@@ -183,6 +183,7 @@ def _plugin_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     bench.add_argument("--out", metavar="DIR", help="where it goes on if interrupted; by default runs/bench/SUITE")
     bench.add_argument("--plugins", metavar="A,B+C,...", help="these variants alone; a name that the suite does not have is an "
                        "installed plugin, or several joined by +, and takes part")
+    bench.add_argument("--baseline", metavar="A", help="the variant to which the others are compared, for the suite's own")
     bench.add_argument("--data", metavar="DIR", help="a folder with train/ and val/: data.name=folder data.root=DIR")
     bench.add_argument("--seeds", type=int, metavar="N", help="how many seeds, from 0; fewer than 3 give no interval")
     bench.add_argument("--steps", type=int, metavar="N", help="the steps of every run, for the suite's own budget")

@@ -147,8 +147,11 @@ class Kept:
             return
         try:
             out.mkdir(parents=True, exist_ok=True)
-            lines = self.file.read_text().splitlines() if self.file.exists() else []
-            for line in lines:
+            text = self.file.read_text() if self.file.exists() else ""
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:  # the end of a line that was cut off
+                self.file.write_text(whole)
+            for line in whole.splitlines():
                 row = json.loads(line)
                 if to_json(row.pop("made")) == self.made:
                     cell = Cell(Provider(**row.pop("one")), Provider(**row.pop("other")), **row)

@@ -140,9 +140,12 @@ def _costs(suite: Suite, rows: list[Row], comparable: bool, cost: Callable, name
 
 
 def _behind(suite: Suite, rows: list[Row], cost: Callable, metric: str) -> set[tuple[str, str | None]]:
+    """Return the variants that are behind another; what quantizes nothing is no rival of quantizers."""
     found = set()
     for point in points(suite):
         here = {variant: by_seed(of(at(rows, point), variant), metric) for variant in suite.variants}
+        discrete = {variant for variant in here if by_seed(of(at(rows, point), variant), "codebook_size")}
+        here = {variant: found if variant in discrete or not discrete else {} for variant, found in here.items()}
         spent = {variant: cost(variant, point)[0] for variant in here if here[variant] and cost(variant, point)}
         found |= {(variant, point) for variant in dominated(here, spent, metric)}
     return found

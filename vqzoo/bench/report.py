@@ -101,7 +101,8 @@ def _conditions(row: Row) -> dict[str, str]:
              **{f"network of {name}": _short(said) for name, said in (card.get("networks") or {}).items()},
              **{f"hardware {name}": said for name, said in (row.get("hardware") or {}).items()},
              **{f"version of {name}": versions.get(name) for name in ("vqzoo", "torch")},
-             "budget": _budget(row)}
+             "training images": (row.get("data") or {}).get("train"), "budget": _budget(row),
+             "images per step": (row.get("budget") or {}).get("batch_size")}
     return {key: str(value) for key, value in found.items() if value is not None}
 
 

@@ -1,5 +1,7 @@
 """Suites: what a benchmark compares, as YAML checked against dataclasses before anything else happens."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,7 +138,7 @@ def shipped() -> dict[str, Path]:
 
 
 def load_suite(name: str, plugins: str | None = None, seeds: int | None = None, quick: bool = False,
-               budget: BudgetConfig | None = None) -> Suite:
+               budget: BudgetConfig | None = None, baseline: str | None = None) -> Suite:
     """Read a suite by its path or a shipped one's name, in its short form or whole; a UserError names file and key.
 
     `plugins` are the names, joined by commas, of the variants to keep; a name that the suite does not have is an installed
@@ -161,11 +163,22 @@ def load_suite(name: str, plugins: str | None = None, seeds: int | None = None, 
     count = seeds if seeds is not None else short.seeds if short and short.seeds is not None else config.seeds
     if count < 1:
         raise UserError(f"seeds: {count} will not do; it must be at least 1")
+    if baseline is not None:
+        if baseline not in variants:
+            raise UserError(f"--baseline: {baseline!r} is not among the variants; {suggestion(baseline, variants)}")
+        config.baseline = baseline
     budget = budget or (short.budget if short and short.budget else config.budget)
     _check_budget("--steps or --seconds", budget)
     return Suite(path.stem, path, config, variants, points, count, budget,
                  {"recipe": config.recipe, "quick.recipe": short.recipe if short else {}},
-                 {**config.sizes, **((short.sizes or {}) if short else {})}, short.leaves_out if short else None)
+                 {**config.sizes, **((short.sizes or {}) if short else {})}, short and _left_out(short, budget))
+
+
+def _left_out(short: QuickConfig, budget: BudgetConfig) -> str:
+    """Say what a short form leaves out, and if its budget is not its own."""
+    own = short.budget is None or budget == short.budget
+    return short.leaves_out + ("" if own else f"; but with {budget.steps or budget.seconds:g} "
+                               f"{'steps' if budget.steps else 'seconds'} for each run")
 
 
 def _find(name: str) -> Path:
@@ -216,15 +229,22 @@ def _read(path: Path) -> SuiteConfig:
 def _check(config: SuiteConfig) -> None:
     if config.kind not in KINDS:
         raise UserError(f"kind: {config.kind!r} is unknown; {suggestion(config.kind, KINDS)}")
+    if not config.variants and config.kind != "compose":
+        raise UserError("variants: names none")
+    for place, content in _recipes(config):
+        if not isinstance(content, dict):
+            raise UserError(f"{place}: {content!r} where keys of a recipe are expected")
+        if "seed" in content:
+            raise UserError(f"{place}.seed: a suite sets this itself; see seeds")
     for name, variant in config.variants.items():
-        if variant is not None and not isinstance(variant, dict):
-            raise UserError(f"variants.{name}: {variant!r} where keys of a recipe are expected")
-        own = {str(point): content or {} for point, content in ((variant or {}).get(POINT) or {}).items()}
+        if not isinstance((variant or {}).get(BASE, ""), str):
+            raise UserError(f"variants.{name}.{BASE}: {variant[BASE]!r} is not a recipe's path or name")
+        own = (variant or {}).get(POINT) or {}
         for point in own:
             if point not in config.points:
                 raise UserError(f"variants.{name}.{POINT}.{point}: no such point; {suggestion(point, config.points)}")
-        if own:
-            variant[POINT] = own
+    if not isinstance(config.joins.get("plugins") or {}, dict):
+        raise UserError("joins.plugins: must map each plugin's name to its fields")
     named = {f"groups.{title}.variants": group.variants for title, group in config.groups.items()}
     named["baseline"] = [config.baseline] if config.baseline else []
     if config.quick and config.kind != "compose":
@@ -240,10 +260,25 @@ def _check(config: SuiteConfig) -> None:
     _check_budget("quick.budget", config.quick.budget if config.quick and config.quick.budget else BudgetConfig())
 
 
+def _recipes(config: SuiteConfig) -> Iterator[tuple[str, Any]]:
+    """Yield every part of a suite that is laid over a recipe, by its place; points become texts."""
+    yield from (("recipe", config.recipe), ("joins", config.joins))
+    yield "quick.recipe", config.quick.recipe if config.quick else {}
+    yield from ((f"points.{name}", {} if content is None else content) for name, content in config.points.items())
+    for name, variant in config.variants.items():
+        yield f"variants.{name}", {} if variant is None else variant
+        if isinstance(variant, dict) and variant.get(POINT) is not None:
+            if isinstance(variant[POINT], dict):
+                variant[POINT] = {str(point): {} if own is None else own for point, own in variant[POINT].items()}
+                yield from ((f"variants.{name}.{POINT}.{point}", own) for point, own in variant[POINT].items())
+            else:
+                yield f"variants.{name}.{POINT}", variant[POINT]
+
+
 def _check_budget(key: str, budget: BudgetConfig) -> None:
     for part in fields(BudgetConfig):
         value = getattr(budget, part.name)
-        if value is not None and not value > 0:
-            raise UserError(f"{key}: {part.name} {value!r} will not do; it must be more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{key}: {part.name} {value!r} will not do; it must be more than 0, and finite")
     if budget.steps is not None and budget.seconds is not None:
         raise UserError(f"{key}: steps and seconds are two budgets; keep one")

@@ -215,9 +215,10 @@ def cell_name(row: Row) -> str:
 
 
 def last_line(text: str) -> str:
-    """Return the last line of an error that says anything; one in parentheses only says where to read on."""
+    """Return the line of an error that says what is wrong: vqzoo's own message, or else the last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if not line.startswith("(")), lines[-1] if lines else "no text")
+    own = [line for line in lines if line.startswith("vqzoo: ")]
+    return (own or lines or ["no text"])[-1]
 
 
 def failed(rows: list[Row]) -> Table:

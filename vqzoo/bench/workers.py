@@ -1,5 +1,6 @@
 """Running cells: each in a process of its own, several at a time where devices allow, and none stops the others."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,11 +13,16 @@ from pathlib import Path
 import torch
 
 from vqzoo.bench.cells import Cell
-from vqzoo.errors import Interrupted
+from vqzoo.errors import Interrupted, UserError
 from vqzoo.interrupt import StopSignals
+
+PR_SET_PDEATHSIG = 1
 
 LAST_LINES = 30
 """Lines of a failed cell's log that are kept."""
+
+PATIENCE = 120.0
+"""Seconds that cells have to save and end when they are told to."""
 
 PAUSE = 0.2
 """Seconds between two looks at the processes."""
@@ -33,6 +39,8 @@ class Places:
     @classmethod
     def of(cls, jobs: int | None) -> "Places":
         """Take one cell per GPU, or one per core of a machine without; `jobs` says otherwise."""
+        if jobs is not None and jobs < 1:
+            raise UserError(f"--jobs: {jobs} will not do; it must be at least 1")
         gpus = _gpus()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = jobs or len(gpus) or cores
@@ -64,10 +72,22 @@ def run(cells: list[Cell], places: Places, plugin_files: list[str], ended: Calla
                         del running[slot]
                         ended(cell, _error(cell, process.returncode), time.monotonic() - began)
         finally:
-            for _, process, _ in running.values():
-                process.send_signal(signal.SIGTERM)  # which saves the run
-            for _, process, _ in running.values():
-                process.wait()
+            _stop([process for _, process, _ in running.values()])
+
+
+def _stop(processes: list[subprocess.Popen]) -> None:
+    """Tell processes to save and end, and kill those that do not."""
+    if processes:
+        print(f"saving {len(processes)} runs that are under way", file=sys.stderr, flush=True)
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + PATIENCE
+    for process in processes:
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _start(cell: Cell, places: Places, slot: int, plugin_files: list[str]) -> subprocess.Popen:
@@ -76,8 +96,14 @@ def _start(cell: Cell, places: Places, slot: int, plugin_files: list[str]) -> su
     environment = {**os.environ, **{name: str(places.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}}
     if places.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = places.gpus[slot % len(places.gpus)]
-    with (cell.folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    with (cell.folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True,
+                                preexec_fn=_die_with_parent if sys.platform == "linux" else None)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel tell this process to save and end when the one that started it is gone, however that ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _error(cell: Cell, status: int) -> str | None:
@@ -85,7 +111,7 @@ def _error(cell: Cell, status: int) -> str | None:
     if status == 0 and (cell.folder / "run" / "metrics.json").exists():
         return None
     said = last_lines(cell.folder / "log.txt")
-    ended = f"ended by signal {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    ended = f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
     return f"{ended}; see {cell.folder / 'log.txt'}\n{said}".strip()
 
 
