@@ -150,7 +150,7 @@ def test_each_table_has_its_mark_and_its_lines_are_not_too_long():
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("<!-- table: nothing -->\n<!-- end -->", "'nothing'; it has photos128"),
+    ("<!-- table: nothing -->\n<!-- end -->", "'nothing'; it has quantizers"),
     ("<!-- table: photos128 -->\n", "<!-- table: photos128 --> has no <!-- end -->"),
     ("<!-- table: photos128 -->\n<!-- table: compose -->\n<!-- end -->", "<!-- table: photos128 --> has no <!-- end -->"),
 ])

@@ -350,7 +350,8 @@ def test_accumulated_micro_batches_equal_one_batch(recipe, tmp_path, listeners, 
     runs = {}
     for parts in (1, 4):
         seen = watch_steps(listeners)
-        job = Trainer(recipe(*ACCUMULATED[method], "optim.clip=1.0", f"accumulate={parts}"), tmp_path / str(parts))
+        words = ["optim.clip=1.0", f"accumulate={parts}", "seed=1"]  # with seed 0, a latent is as near to two codes as rounding
+        job = Trainer(recipe(*ACCUMULATED[method], *words), tmp_path / str(parts))
         job.run()
         runs[parts] = seen, checkpoint_at(job.out, job.steps)
     for whole, parted in zip(runs[1][0], runs[4][0], strict=True):

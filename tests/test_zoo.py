@@ -40,9 +40,12 @@ def method(name, **more):
 
 
 def spread(made, images):
-    """Put codes where the latents are, if they can be put anywhere."""
+    """Put codes where the latents are, if they can be put anywhere, or else spread the latents."""
     if made.codebook.replaceable:
         spread_codes(made, images)
+    else:
+        with torch.no_grad():
+            made.encoder.head.weight.mul_(8)
     return made
 
 

@@ -28,7 +28,7 @@ CHANNELS = 3  # of every image: red, green, blue
 @contextmanager
 def drawn_apart() -> Iterator[None]:
     """Draw what is initialised in this block from a seed of its own: what follows it depends on the seed before it alone."""
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, (), device="cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
