@@ -126,7 +126,10 @@ def test_the_suite_of_quantizers_has_every_plugin_that_serves_a_codebook(tmp_pat
     ("variants: {vq: {base: 3}}", "variants.vq.base"),
     ("variants: {vq: {seed: 3}}", "variants.vq.seed"),
     ("variants: {vq: {at: 3}}", "variants.vq.at"),
-    ("points: {a: 3}", "points.a"),
+    ("{axis: x, points: {a: 3}}", "points.a"),
+    ("points: {a: {}}", "axis and points"),
+    ("groups: {all: {match: codes, variants: [vq]}}", "groups.all.match"),
+    ("columns: [psnr, usge]", "columns: 'usge' is not measured"),
     ("joins: {plugins: [vq]}", "joins.plugins"),
     ("quality: pnsr", "quality: 'pnsr' is not measured"),
     ("variants: {vq: {plugins: {vq: {weigth: 3}}}}", "variants.vq"),
@@ -247,6 +250,23 @@ def test_a_cell_that_fails_is_shown_and_stops_no_other(suite, here, tmp_path, ca
         version = hashlib.sha256(text.encode()).hexdigest()[:12]
         assert version in rows(out)["faulty", 0]["versions"]["plugin faulty"] and rows(out)["faulty", 0]["status"] == "finished"
     assert "its plugin has changed, so it runs again" in capsys.readouterr().err
+
+
+def test_seeds_of_two_versions_of_a_plugin_are_not_averaged(suite, here, tmp_path, capsys):
+    words = ["--out", tmp_path / "out", "--plugins", "mine", "--plugin-file", tmp_path / "mine.py"]
+    (tmp_path / "mine.py").write_text(MINE)
+    assert bench(suite, *words, "--seeds", "2") == 0
+    (tmp_path / "mine.py").write_text(MINE + "# changed")
+    assert bench(suite, *words) == 2 and "version of plugin mine" in capsys.readouterr().err
+    assert bench(suite, *words, "--seeds", "2") == 0
+
+
+def test_who_joins_is_in_the_tables_that_compare_alike_and_two_of_the_same_are_one(tmp_path):
+    tables = load_suite("quantizers", "vq,simvq,rotation+ema,continuous").tables()
+    assert {title: group.variants for title, group in tables.items()} == {
+        "1,024 codes, 10 bits per token": ["vq", "simvq", "rotation+ema"], "no quantization": ["vq", "continuous"]}
+    assert list(load_suite("quantizers").tables()) == ["1,024 codes", "10 bits per token", "no quantization"]
+    assert load_suite("quantizers", "vq").tables()["1,024 codes, 10 bits per token, no quantization"].variants == ["vq"]
 
 
 @pytest.mark.parametrize("words", [["optim.lr=0.5"], ["evaluate.images=2"], ["--data", "OTHER"], ["log.steps=1"]])

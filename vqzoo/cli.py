@@ -33,6 +33,8 @@ BENCH_HELP = """suites      quantizers     all plugins at as many codes, and at 
             codebook_size  usage, quality, time and memory over the number of codes
             ablation       NSVQ's parts, one by one
             drift          a faster and a slower encoder
+            headline       the paper's comparison at 65,536 codes; for a GPU
+            large          up to 1,048,576 codes; for a GPU
             compose        do all pairs of plugins train together, or say why not?
             speed          time and memory of the codebook's part, beside other libraries, and of a whole step
 """

@@ -16,6 +16,7 @@ import torch
 from vqzoo.bench.suite import Suite
 from vqzoo.data import fingerprint, make_dataset
 from vqzoo.errors import StorageError, UserError, suggestion
+from vqzoo.evaluation import METRICS
 from vqzoo.evaluation.report import to_json
 from vqzoo.files import write_text
 from vqzoo.prepare import build
@@ -35,6 +36,10 @@ NEUTRAL = ("data.workers", "data.bad_files", "checkpoint")
 OF_A_ROW = {"suite", "variant", "point", "seed", "status", "error", "values", "curves", "card", "hardware", "versions",
             "budget", "recipe", "folder"}
 """What every row has."""
+
+ALWAYS = ("usage", "perplexity", "bits_per_token", "codebook_size", "tokens_per_image", "images", "seconds", "steps",
+          "images_per_second", "peak_mib")
+"""What a row may have beside the metrics that the recipe asks for."""
 
 LONGEST = 200
 """Characters of a folder's name."""
@@ -115,14 +120,22 @@ def plan(suite: Suite, overrides: Iterable[str], data: str | None, out: Path, le
             raise UserError(f"{suite.path}: {label(variant, point)}: {str(error).removeprefix(f'{suite.path}: ')}") from error
         length = lengths.get(label(variant, point)) or _epoch_steps(suite, recipe)
         recipes[variant, point] = replace(recipe, epoch_steps=length), images
-        measured = [*recipe.evaluate.metrics, *suite.config.curves]
-        if suite.config.quality not in measured:
-            raise UserError(f"{suite.path}: quality: {suite.config.quality!r} is not measured; "
-                            f"{suggestion(suite.config.quality, measured)}")
+        _check_columns(suite, recipe)
     cells = [Cell(variant, point, seed, replace(recipe, seed=seed), out / "cells" / _folder(variant, point, seed), images)
              for seed in range(suite.seeds) for (variant, point), (recipe, images) in recipes.items()]
     _check_folders(cells)
     return cells
+
+
+def _check_columns(suite: Suite, recipe: Recipe) -> None:
+    """Refuse to show what is not measured; of a plugin's metrics, only it knows the names."""
+    metrics = recipe.evaluate.metrics
+    measured = [*metrics, *suite.config.curves, *ALWAYS]
+    if set(metrics) <= set(METRICS):
+        for key, names in (("quality", [suite.config.quality]), ("columns", suite.config.columns)):
+            for name in names:
+                if not any(name == one or name.startswith(f"{one}_") for one in measured):
+                    raise UserError(f"{suite.path}: {key}: {name!r} is not measured; {suggestion(name, measured)}")
 
 
 def _images(recipe: Recipe, known: dict[str, dict[str, str]]) -> dict[str, str]:

@@ -100,7 +100,8 @@ def _conditions(row: Row) -> dict[str, str]:
              "images": card.get("images"), "pixels": _short(card.get("pixels_sha256")),
              **{f"network of {name}": _short(said) for name, said in (card.get("networks") or {}).items()},
              **{f"hardware {name}": said for name, said in (row.get("hardware") or {}).items()},
-             **{f"version of {name}": versions.get(name) for name in ("vqzoo", "torch")},
+             **{f"version of {name}": said for name, said in versions.items()
+                if name in ("vqzoo", "torch") or name.startswith("plugin ")},
              "training images": (row.get("data") or {}).get("train"), "budget": _budget(row),
              "images per step": (row.get("budget") or {}).get("batch_size")}
     return {key: str(value) for key, value in found.items() if value is not None}
@@ -184,6 +185,9 @@ def _facts(suite: Suite, rows: list[Row]) -> dict[str, str]:
     budgets = _some(list(dict.fromkeys(filter(None, map(_budget, rows)))))
     made = sorted({row["values"]["steps"] for row in _finished(rows) if row["values"].get("steps") is not None})
     steps = f"{made[0]:,}" + (f" to {made[-1]:,}" if made[1:] else "") + " steps" if made else ""
+    if "seconds" in budgets:
+        took = [row["values"]["seconds"] for row in _finished(rows) if row["values"].get("seconds") is not None]
+        steps += f", which took {min(took):,.0f} to {max(took):,.0f} s with evaluation" if took else ""
     versions = {name: None for row in rows for name in row.get("versions") or {}}
     dates = sorted({str(row["date"])[:10] for row in rows if row.get("date")})
     facts = {
@@ -196,9 +200,12 @@ def _facts(suite: Suite, rows: list[Row]) -> dict[str, str]:
         "Codebook": ", ".join(filter(None, (f"{size} codes" if size else "", f"width {width}" if width else ""))),
         "Batch": said("recipe", "data", "batch_size", form="{} images".format),
         "Budget per cell": budgets + (f" ({steps} made)" if steps and steps != budgets else ""),
-        "Seeds": f"{suite.seeds}",
+        "Seeds": f"{len({row['seed'] for row in rows})}",
+        "Learning rate": said("recipe", "optim", "lr"),
+        "Weights evaluated": said("card", "weights"),
         "Hardware": said("hardware", form=machine, between="; "),
-        "Versions": ", ".join(f"{name} {said('versions', name)}" for name in versions if not name.startswith("plugin ")),
+        "Versions": ", ".join(f"{name} {said('versions', name)}" for name in versions
+                              if not said("versions", name).startswith("vqzoo ")),
         "Date": " to ".join(dates[::len(dates) - 1] if len(dates) > 1 else dates),
     }
     return {key: text for key, text in facts.items() if text}
@@ -230,7 +237,8 @@ def _method(suite: Suite, rows: list[Row], details: list[Table]) -> list[str]:
     lines = [
         "Each value is the mean over the seeds that finished, ± the half width of its 95% interval by Student's t; without "
         "one, all seeds gave the same. Fewer than three seeds give no interval and no verdict.",
-        "Variants stand in the suite's order. What lies within noise is not ranked.",
+        "Variants stand in the suite's order. What lies within noise is not ranked: so few seeds cannot tell it apart, which "
+        "does not make it equal.",
     ]
     if details:
         lines.insert(1, (

@@ -17,6 +17,9 @@ from vqzoo.sources import available
 
 KINDS = ("train", "compose", "speed")
 
+MATCHES = ("codebook_size", "bits_per_token", "tokens_per_image")
+"""In what the variants of a table may be said to be alike."""
+
 POINT = "at"
 """The key of a variant that says what it changes at the points of the suite's axis."""
 
@@ -118,16 +121,24 @@ class Suite:
         return self.config.baseline if self.config.baseline in self.variants else next(iter(self.variants))
 
     def tables(self) -> dict[str, GroupConfig]:
-        """Return the report's tables, each with those of its variants that are run; one of all where the suite names none."""
-        found = {title: GroupConfig([name for name in group.variants if name in self.variants], group.match)
-                 for title, group in self.config.groups.items()}
+        """Return the report's tables, each with those of its variants that are run; one of all where the suite names none.
+
+        Who joins is in every table whose variants are alike in something. Two tables of the same variants are one, and there is
+        none of one variant alone beside others.
+        """
         known = {name for group in self.config.groups.values() for name in group.variants}
-        others = [name for name in self.variants if name not in known]
-        if not found:
-            return {"": GroupConfig(others)}
-        for group in found.values():  # who joins is compared with all
-            group.variants += others
-        return {title: group for title, group in found.items() if group.variants}
+        joining = [name for name in self.variants if name not in known]
+        alike = any(group.match for group in self.config.groups.values())
+        titles: dict[tuple[str, ...], list[str]] = {}
+        for title, group in self.config.groups.items():
+            names = [name for name in group.variants if name in self.variants]
+            names += joining if group.match or not alike else []
+            titles.setdefault(tuple(names), []).append(title)
+        found = {", ".join(said): GroupConfig(list(names), self.config.groups[said[0]].match) for names, said in titles.items()}
+        for least in (2, 1):
+            if tables := {title: group for title, group in found.items() if len(group.variants) >= least}:
+                return tables
+        return {"": GroupConfig(list(self.variants))}
 
 
 def shipped() -> dict[str, Path]:
@@ -193,7 +204,7 @@ def _joining(config: SuiteConfig, name: str, variants: dict[str, Any]) -> dict[s
     """Return the variant of plugins that the suite does not name."""
     for plugin in name.split("+"):
         if plugin not in available():
-            choices = [*variants, *available()]
+            choices = dict.fromkeys([*variants, *available()])
             raise UserError(f"--plugins: {plugin!r} is neither a variant of the suite nor an installed plugin; "
                             f"{suggestion(plugin, choices)}; a file's needs --plugin-file")
     known = config.joins.get("plugins") or {}
@@ -231,6 +242,11 @@ def _check(config: SuiteConfig) -> None:
         raise UserError(f"kind: {config.kind!r} is unknown; {suggestion(config.kind, KINDS)}")
     if not config.variants and config.kind != "compose":
         raise UserError("variants: names none")
+    if bool(config.axis) != bool(config.points):
+        raise UserError("axis and points: the one names what the others are values of; give both or neither")
+    for title, group in config.groups.items():
+        if group.match not in (None, *MATCHES):
+            raise UserError(f"groups.{title}.match: {group.match!r} is unknown; {suggestion(group.match, MATCHES)}")
     for place, content in _recipes(config):
         if not isinstance(content, dict):
             raise UserError(f"{place}: {content!r} where keys of a recipe are expected")

@@ -238,7 +238,8 @@ class Bench:
                     self.say(f"{name} is not timed: {error}")
                     continue
                 made[name] = {"recipe": {**row["recipe"], "seed": 0}, "plugins": of_plugins(row["versions"])}
-        path, base = self.out / SPEED, label(self.suite.baseline, next(iter(self.suite.points), None))
+        path = self.out / SPEED
+        base = label(self.suite.config.baseline or self.suite.baseline, next(iter(self.suite.points), None))
         machine = {**self.hardware, "threads": 1, "jobs": 1}
         self.speed = json.loads(path.read_text()) if path.exists() else {}
         if not recipes or self.speed.get("hardware") == machine and self.speed["made"] == json.loads(to_json(made)):
