@@ -226,7 +226,7 @@ def test_what_a_suite_measured_under_several_conditions_or_without_its_baseline_
     (results / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
     with pytest.raises(UserError, match=r"cells\.jsonl: no row of the baseline 'simvq'"):
         tables.suite("cells.jsonl", ["psnr"], "simvq")()
-    with pytest.raises(UserError, match="has no table 'wrong'; it has '1,024 codes'"):
+    with pytest.raises(UserError, match="has no table 'wrong'; it has '1,024 codes, 10 bits per token"):
         tables.suite("cells.jsonl", ["psnr"], "vq", "wrong")()
 
 
