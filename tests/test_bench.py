@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vqzoo import UserError, cli
+from vqzoo import Interrupted, UserError, cli
 from vqzoo.bench import train, workers
 from vqzoo.bench.cells import initial_network, plan, read_rows
 from vqzoo.bench.suite import load_suite, shipped
@@ -314,6 +314,33 @@ def test_an_interrupted_suite_saves_and_goes_on(suite, tmp_path):
     assert process.returncode == 143 and "goes on" in said, said
     assert list((out / "cells" / "vq-0" / "run" / "checkpoints").glob("step_*"))  # it was saved
     assert not (out / "results.jsonl").exists()
+
+
+def test_what_has_ended_before_an_interruption_is_reported(suite, here, monkeypatch, tmp_path, capsys):
+    run = workers.run
+
+    def interrupted(cells, *more):
+        run(cells[:1], *more)
+        raise Interrupted("a signal", signal.SIGTERM)
+
+    monkeypatch.setattr(workers, "run", interrupted)
+    assert bench(suite, "--out", tmp_path / "out") == 143
+    assert "report.html tells of the 1 cells that have ended" in capsys.readouterr().err
+    assert "vq" in (tmp_path / "out" / "report.md").read_text() and set(rows(tmp_path / "out")) == {("vq", 0)}
+
+
+def test_a_folder_is_kept_for_one_bench_and_free_after_it(suite, here, monkeypatch, tmp_path, capsys):
+    out, measure = tmp_path / "out", train.Bench.measure
+
+    def beside(self):
+        assert bench(suite, "--out", out) == 2
+        measure(self)
+
+    monkeypatch.setattr(train.Bench, "measure", beside)
+    assert bench(suite, "--out", out, "--plugins", "vq") == 0
+    assert "in use by another" in capsys.readouterr().err
+    monkeypatch.setattr(train.Bench, "measure", measure)
+    assert bench(suite, "--out", out, "--plugins", "vq") == 0
 
 
 def test_another_machines_cells_are_refused_or_marked(suite, here, tmp_path, capsys):

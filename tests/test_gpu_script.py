@@ -33,8 +33,10 @@ def test_every_stage_of_a_method_wires(variant, small_photos, tmp_path):
     words = [word for word in TINY if not word.startswith("epochs")]
     (cell,) = plan(load_suite("headline", variant, seeds=1), words, str(small_photos), tmp_path, {})
     tokenizer = build(cell.recipe)
-    for number in range(len(cell.recipe.stages)):
+    for number, stage in enumerate(cell.recipe.stages):
         enter(tokenizer, cell.recipe, number)
+        assert any(p.requires_grad for p in tokenizer.encoder.parameters()) == (not stage.freeze)
+    assert tokenizer.hooks.providers("discriminator_loss") == ["gan"]  # which is there at the end
 
 
 def test_the_script_trains_and_leaves_its_results(small_photos, tmp_path):

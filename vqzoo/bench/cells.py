@@ -89,12 +89,17 @@ def of_plugins(said: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in said.items() if key.startswith("plugin ")}
 
 
+def differing(one: dict[str, Any], other: dict[str, Any], without: Iterable[str] = ()) -> list[str]:
+    """Return in what two recipes differ of what a result may depend on, `without` some keys."""
+    lines = difference(one, other)
+    return [line for line in lines if not any(line.startswith((f"{key}:", f"{key}.")) for key in (*NEUTRAL, *without))]
+
+
 def changes(made: dict[str, Any], cell: Cell) -> list[str]:
-    """Return in what an identity differs from a cell's, of what its result may depend on."""
+    """Return in what an identity differs from a cell's."""
     now = cell.identity()
-    lines = [line for line in difference(made["recipe"], now["recipe"])
-             if not any(line.startswith((f"{key}:", f"{key}.")) for key in NEUTRAL)]
-    return lines + difference({key: made[key] for key in ("plugins", "data")}, {key: now[key] for key in ("plugins", "data")})
+    return differing(made["recipe"], now["recipe"]) + difference(
+        {key: made[key] for key in ("plugins", "data")}, {key: now[key] for key in ("plugins", "data")})
 
 
 def plan(suite: Suite, overrides: Iterable[str], data: str | None, out: Path, lengths: dict[str, int]) -> list[Cell]:

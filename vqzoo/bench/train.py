@@ -12,14 +12,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from vqzoo.bench import report, workers
 from vqzoo.bench.cells import (
-    NEUTRAL,
     RESULTS,
     Cell,
     Row,
+    differing,
     initial_network,
     key_of,
     label,
@@ -37,7 +37,7 @@ from vqzoo.bench.tables import last_line
 from vqzoo.errors import Interrupted, PluginError, UserError
 from vqzoo.evaluation.report import hardware, to_json, written
 from vqzoo.files import write_text
-from vqzoo.recipe import difference, load_recipe
+from vqzoo.recipe import load_recipe
 
 SPEED, LENGTHS = "speed.json", "lengths.json"
 SHORT, LONG = 1, 3
@@ -57,8 +57,9 @@ def train(suite: Suite, options: argparse.Namespace) -> int:
         try:
             bench.run()
         except Interrupted:
-            if any(row["status"] == "finished" for row in bench.rows):
-                bench.say(f"{len(bench.rows)} of {len(bench.cells)} cells have ended; their report is {bench.report()[0]}")
+            if bench.rows:
+                bench.report()
+                bench.say(f"{out / 'report.html'} tells of the {len(bench.rows)} cells that have ended")
             raise
         bench.measure()
         for text in bench.report():
@@ -66,11 +67,11 @@ def train(suite: Suite, options: argparse.Namespace) -> int:
     return int(any(row["status"] == "failed" for row in bench.rows))
 
 
-def _locked(out: Path) -> FileLock:
-    """Make the folder, and return its lock, which nobody else has."""
+def _locked(out: Path) -> AcquireReturnProxy:
+    """Make the folder, and keep it from others until the block that this opens ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return FileLock(out / ".lock", timeout=0).acquire().lock
+        return FileLock(out / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise UserError(f"--out: {out} is in use by another `vqzoo bench`") from error
     except OSError as error:
@@ -108,10 +109,7 @@ class Bench:
         for row in self.others if not self.options.mixed else []:
             mine = planned.get((row["variant"], row["point"]))
             beside = mine or next((recipe for (_, point), recipe in planned.items() if point == row["point"]), None)
-            without = ("seed", *(() if mine else OF_A_QUANTIZER), *(key for key in NEUTRAL if "." not in key))
-            lines = difference(*({key: value for key, value in recipe.items() if key not in without}
-                                 for recipe in (row["recipe"], beside or row["recipe"])))
-            lines = [line for line in lines if not line.startswith(NEUTRAL)]
+            lines = differing(row["recipe"], beside or row["recipe"], ("seed", *(() if mine else OF_A_QUANTIZER)))
             if lines:
                 raise UserError(f"--also: {row['variant']} was trained otherwise than what it is shown beside: "
                                 f"{'; '.join(lines)}; give --mixed to have one table all the same")
