@@ -88,6 +88,14 @@ class SuiteConfig:
     quick: QuickConfig | None = None
 
 
+@dataclass(frozen=True)
+class Group:
+    """A table as it is to be shown: its variants, and every metric in which it claims that they are alike."""
+
+    variants: list[str]
+    matches: list[str]
+
+
 @dataclass
 class Suite:
     """A suite as it is to be run: its file's content, with what the short form and the command line made of it."""
@@ -120,7 +128,7 @@ class Suite:
         """Return the variant to which the others are compared: the suite's, or the first if that is not run."""
         return self.config.baseline if self.config.baseline in self.variants else next(iter(self.variants))
 
-    def tables(self) -> dict[str, GroupConfig]:
+    def tables(self) -> dict[str, Group]:
         """Return the report's tables, each with those of its variants that are run; one of all where the suite names none.
 
         Who joins is in every table whose variants are alike in something. Two tables of the same variants are one, and there is
@@ -134,11 +142,12 @@ class Suite:
             names = [name for name in group.variants if name in self.variants]
             names += joining if group.match or not alike else []
             titles.setdefault(tuple(names), []).append(title)
-        found = {", ".join(said): GroupConfig(list(names), self.config.groups[said[0]].match) for names, said in titles.items()}
+        found = {", ".join(said): Group(list(names), [match for title in said if (match := self.config.groups[title].match)])
+                 for names, said in titles.items()}
         for least in (2, 1):
             if tables := {title: group for title, group in found.items() if len(group.variants) >= least}:
                 return tables
-        return {"": GroupConfig(list(self.variants))}
+        return {"": Group(list(self.variants), [])}
 
 
 def shipped() -> dict[str, Path]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vqzoo.bench.statistics import FEWEST, Difference, Estimate, by_seed, difference, direction, estimate, judged
-from vqzoo.bench.suite import GroupConfig, Suite
+from vqzoo.bench.suite import Group, Suite
 from vqzoo.evaluation.report import written
 
 Row = dict[str, Any]
@@ -118,7 +118,7 @@ def measured(suite: Suite, rows: list[Row], differing: dict[str, dict[str, str]]
             for title, group in suite.tables().items() for point in points(suite)]
 
 
-def _measured(suite: Suite, rows: list[Row], title: str, group: GroupConfig, differing: dict[str, dict[str, str]]) -> Table:
+def _measured(suite: Suite, rows: list[Row], title: str, group: Group, differing: dict[str, dict[str, str]]) -> Table:
     quality, base = suite.config.quality, reference(suite, group.variants)
     names = [quality, *(name for name in columns(suite, rows) if name != quality)]
     estimates = {name: {variant: estimate(by_seed(of(rows, variant), name).values()) for variant in group.variants}
@@ -139,7 +139,7 @@ def _measured(suite: Suite, rows: list[Row], title: str, group: GroupConfig, dif
                           [number(quality, found[variant].estimate, finer, signed=True), found[variant].said or "no direction"])
         lines.append(line + shown)
     notes = [f"Not comparable: the rows differ in {', '.join(differing)}."] if differing else []
-    notes += [*_match(rows, group, base), *_marks(estimates)]
+    notes += [*(_match(rows, group.variants, match, base) for match in group.matches), *_marks(estimates)]
     return Table(title, head, lines, notes, (0, *([head.index("verdict")] if judge else [])))
 
 
@@ -250,21 +250,19 @@ def _p(p: float | None) -> str:
     return ABSENT if p is None else "<0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def _match(rows: list[Row], group: GroupConfig, base: str) -> list[str]:
+def _match(rows: list[Row], variants: list[str], match: str, base: str) -> str:
     """Say whether the variants are alike in what the table claims."""
-    if not group.match:
-        return []
-    what = plain_label(group.match)
+    what = plain_label(match)
     said = {}
-    for variant in group.variants:
-        values = by_seed(of(rows, variant), group.match).values()
-        said[variant] = ", ".join(sorted({value(group.match, each) for each in values}))
+    for variant in variants:
+        values = by_seed(of(rows, variant), match).values()
+        said[variant] = ", ".join(sorted({value(match, each) for each in values}))
     known = [text for text in said.values() if text]
     if not known:
-        return [f"Meant to be alike in {what}, which no row says."]
+        return f"Meant to be alike in {what}, which no row says."
     most = max(Counter(known).values())
     usual = said[base] if known.count(said[base]) == most else Counter(known).most_common(1)[0][0]
     others = [f"{variant} {text}" for variant, text in said.items() if text and text != usual]
     if others:
-        return [f"Not alike in {what}: {', '.join(others)}; the others {usual}."]
-    return [f"Alike in {what}: {usual}."]
+        return f"Not alike in {what}: {', '.join(others)}; the others {usual}."
+    return f"Alike in {what}: {usual}."

@@ -272,7 +272,8 @@ class Bench:
         folder = self.out / "tensorboard" / Path(row["folder"]).name
         shutil.rmtree(folder, ignore_errors=True)
         recipe, values = row["recipe"], {f"final/{key}": float(value) for key, value in row["values"].items()}
-        told = {"variant": row["variant"], "point": str(row["point"]), "seed": row["seed"], "status": row["status"],
+        point = {} if row["point"] is None else {"point": row["point"]}
+        told = {"variant": row["variant"], **point, "seed": row["seed"], "status": row["status"],
                 "plugins": "+".join(recipe["plugins"]), "codebook.size": recipe["codebook"]["size"],
                 "codebook.width": recipe["codebook"]["width"], "optim.lr": recipe["optim"]["lr"],
                 "steps": recipe["epochs"] * (recipe["epoch_steps"] or 0)}
