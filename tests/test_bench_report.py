@@ -161,7 +161,8 @@ def test_a_table_that_claims_a_match_is_checked_against_its_rows():
             row["values"]["bits_per_token"] = 40.0
     notes = table_of(suite, rows, 1)[1]
     assert "Not alike in bits per token: ema 40 bits; the others 10 bits." in notes and "Alike in bits" not in notes
-    same = make_suite(groups={"codes": GroupConfig([*QUALITY], "codebook_size"), "bits": GroupConfig([*QUALITY], "bits_per_token")})
+    same = make_suite(groups={"codes": GroupConfig([*QUALITY], "codebook_size"),
+                              "bits": GroupConfig([*QUALITY], "bits_per_token")})
     notes = table_of(same, rows)[1]  # one table, and both claims are checked
     assert "Alike in codebook size: 1,024." in notes and "Not alike in bits per token: ema 40 bits" in notes
 
